@@ -53,7 +53,6 @@ class RabbitProject(E2EProject):
         return self
 
     def __exit__(self, *exc):
-        self.producer.pool.force_close_all()
         super().__exit__(*exc)
         self.brain.close()
 

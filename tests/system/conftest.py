@@ -3,13 +3,14 @@
 import shutil
 from pathlib import Path
 
+import kombu.pools
 import pytest
 
-from tests.e2e.conftest import brain, redis_url
+from tests.e2e.conftest import agent_credentials, brain, redis_url
 from tests.support import parts, rabbitmq
 from tests.support.postgres import PostgresServer
 
-__all__ = ["brain", "redis_url"]
+__all__ = ["agent_credentials", "brain", "redis_url"]
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +20,7 @@ def rabbit(tmp_path_factory):
         parts.missing("RabbitMQ", "apt-get install rabbitmq-server")
     with rabbitmq.RabbitNode(tmp_path_factory.mktemp("rabbitmq")) as node:
         yield node
+        kombu.pools.reset()
 
 
 @pytest.fixture(scope="session")

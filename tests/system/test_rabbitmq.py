@@ -1,12 +1,15 @@
 """Workers on RabbitMQ, in gevent, threads and prefork, on classic and on quorum queues."""
 
 import time
+from contextlib import ExitStack
 
 import pytest
 
 from tests.support.demo_run import assert_figures_agree, run_demo
-from tests.support.rabbit_project import POOLS, in_each, rabbit_projects
+from tests.support.rabbit_project import POOLS, RabbitProject, in_each, rabbit_projects
+from z4j_bare.demo import broker
 from z4j_bare.demo.process import until
+from z4j_bare.demo.worker import Worker
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -195,6 +198,45 @@ def test_refused_vhost_is_reported_in_one_line(rabbit, tmp_path, name, message):
     assert message in err
     assert f"rabbitmqctl set_permissions -p '{name}' 'z4j' '.*' '.*' '.*'" in err
     assert len(err.splitlines()) == 1
+
+
+def test_starting_worker_names_fix_of_refused_vhost(rabbit, agent_credentials, tmp_path):
+    """Celery never makes such a worker ready; the agent's line beside Celery's names the fix."""
+    credentials = agent_credentials()
+    line = "rabbitmqctl set_permissions -p 'absent' 'z4j' '.*' '.*' '.*' (setting: broker_url)"
+    with ExitStack() as stack:
+        workers = []
+        for pool in POOLS:
+            home = tmp_path / pool
+            home.mkdir()
+            variables = {
+                **broker.environment(home, rabbit.url("absent")),
+                **credentials.env(home / "agent"),
+            }
+            app, log = "z4j_bare.demo.app", home / "worker.log"
+            started = stack.enter_context(Worker(app, pool=pool, log=log, environment=variables))
+            stack.callback(started.kill)  # it would wait for the broker
+            started.spawn(lambda: True, 10)
+            workers.append(started)
+        for each in workers:
+            until(lambda each=each: line in each.output(), line, timeout=40)
+    for each in workers:
+        assert each.output().count("z4j: no task can arrive: the broker at amqp://z4j:**@") == 1
+        assert "please report" not in each.output()
+
+
+def test_deleted_vhost_is_logged_once(rabbit, brain, redis_url, tmp_path):
+    """A running worker whose virtual host is deleted names the fix, and works when it is back."""
+    url = rabbit.add_vhost("deleted")
+    with RabbitProject(brain, redis_url, tmp_path, url, "threads", "classic") as project:
+        project.start()
+        rabbit.control("delete_vhost", "deleted")
+        line = "refuses the virtual host 'deleted': NOT_ALLOWED"
+        until(lambda: "no task can arrive" in project.host.output(), line, timeout=60)
+        assert line in project.host.output()
+        rabbit.add_vhost("deleted")
+        project.row(project.send("add", 1, 2), "success")
+        assert project.host.output().count("z4j: no task can arrive") == 1
 
 
 def test_refused_password_is_reported_in_one_line(rabbit, tmp_path):

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency.timeslice import SLICE_SECONDS
+from z4j_bare.engines.celery.broker_errors import explain_refusal, is_refusal
 from z4j_bare.engines.celery.engine import broker_connection
 from z4j_bare.errors import ForkedChildError, InterpreterShutdownError
 from z4j_bare.interfaces import IEvent
@@ -138,11 +139,12 @@ class EventReceiver:
 
     def _on_failure(self, error: Exception) -> None:
         self.failures += 1
-        # Only the class is logged, because the error's text may contain the broker's password.
+        # The text of an error may contain the broker's password; an explanation does not.
+        cause = explain_refusal(error, self._app) if is_refusal(error) else type(error).__name__
         logger.log(
             logging.WARNING if self._delays.delay == BACKOFF_INITIAL else logging.DEBUG,
             "z4j: cannot read Celery's events from the broker (%s); retrying until it works",
-            type(error).__name__,
+            cause,
         )
 
     def _subscribe(self, connection: Connection) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from z4j_bare import _process_singleton as singleton
 from z4j_bare.engines.celery import green_kombu
+from z4j_bare.engines.celery.broker_errors import RefusalHint
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.process import mark_celery_worker, track_worker_ready
 from z4j_bare.safety import safe_call
@@ -106,6 +107,7 @@ class WorkerStart:
             safe_call(self._bootstrap_when_ready)
         self._open_channel(sender)
         safe_call(replace_kombu_sleep)
+        safe_call(_explain_refusals, sender)
 
     def _restart_when_ready(self) -> None:
         """Stop an agent that started before this process became a worker; start it when ready.
@@ -151,6 +153,13 @@ def replace_kombu_sleep() -> None:
         return  # ``install_agent`` reports the setting
     if settings.green_kombu and not settings.disabled:
         green_kombu.replace_sleep()
+
+
+def _explain_refusals(worker: object) -> None:
+    """Log the fix if the broker refuses the worker, unless ``Z4J_DISABLED`` is set."""
+    app = getattr(worker, "app", None)
+    if app is not None and "z4j_celery" in sys.modules and not load_settings().disabled:
+        RefusalHint(app).install()
 
 
 def stop_with_worker(runtime: Runtime) -> None:
