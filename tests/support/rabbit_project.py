@@ -12,9 +12,7 @@ from z4j_bare.demo.process import until
 
 POOLS = ("gevent", "threads", "prefork")
 
-#: Settings with which Celery 5.7 gets over an outage of RabbitMQ, with or without an agent. By
-#: default a gevent worker may notice the outage only after two minutes, by the missing heartbeats,
-#: and a threads worker may receive tasks that it never runs.
+#: Settings with which a worker of Celery 5.7 gets over an outage of RabbitMQ more reliably.
 _RELIABLE = {"broker_heartbeat": 5, "worker_enable_prefetch_count_reduction": False}
 
 #: Celery's settings by type of queue. A task with a countdown waits in RabbitMQ if the exchange of
