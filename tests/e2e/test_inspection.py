@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -74,6 +75,26 @@ def test_tasks_are_found_where_they_wait(project, pool):
             assert any(frame["function"] == name for frame in row["stack"])
     for task_id in sent:
         project.producer.control.revoke(task_id, terminate=True)
+
+
+def test_top_shows_busiest_and_failed_tasks(project, pool):
+    """``top`` counts the ends of each task, and lists a failure by its class, without arguments."""
+    task_id = project.send("fails", "4929-1234")
+    project.row(task_id, "failure")
+
+    def shown():
+        document = inspect(project, "top", "--once")
+        return document if document["failures"] else None
+
+    document = until(shown, "the failure", timeout=20, interval=0.5)
+    assert document["agents"][0]["workers"] == {"celery": ["w@e2e"]}
+    (failed,) = document["failures"]
+    assert (failed["name"], failed["exception"]) == ("e2e.fails", "ValueError")
+    assert time.time() - 60 < failed["at"] <= time.time()
+    busiest = {each["name"]: each for each in document["busiest"]}
+    assert busiest["e2e.fails"]["failed"] == 1
+    assert busiest["e2e.add"]["done"] >= 1
+    assert "4929-1234" not in str(document)
 
 
 @pytest.mark.parametrize("kind", ["sleep", "loop", "regex"])

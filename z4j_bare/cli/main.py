@@ -43,6 +43,7 @@ COMMANDS = {
         "CHECK_EXAMPLES",
     ),
     "status": Command("z4j_bare.cli.status", "show the state of the agents on this host"),
+    "top": Command("z4j_bare.cli.top", "show agents, tasks and failures on one screen"),
     "tasks": Command("z4j_bare.cli.tasks", "show the running tasks and where each of them is"),
     "hub": Command("z4j_bare.cli.hub", "show the lag of the hubs and the code that held them"),
     "metrics": Command(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -38,9 +37,6 @@ exit codes: 0 every agent accepted the request, 1 no agent runs or an agent did 
 
 #: Seconds between the two samples from which a rate is calculated.
 SAMPLE_INTERVAL = 0.5
-
-#: Maximum number of samples in a sparkline.
-HISTORY_SIZE = 60
 
 COLUMNS = (
     "agent",
@@ -86,7 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
         return exit_code(query_agents(arguments))
     output = Output(json_only=arguments.json)
     if arguments.watch:
-        return StatusMonitor(output, arguments).run()
+        from z4j_bare.cli import top
+
+        return top.watch_status(output, arguments)
     first = query_agents(arguments)
     time.sleep(SAMPLE_INTERVAL if first else 0)
     agents = with_rates(first, query_agents(arguments), SAMPLE_INTERVAL)
@@ -138,10 +136,10 @@ def with_rates(
     :param now: the current sample.
     :param seconds: time between the two samples.
     """
-    earlier = {_key(agent): agent.get("produced", 0) for agent in before}
+    earlier = {agent_key(agent): agent.get("produced", 0) for agent in before}
     for agent in now:
         if "produced" in agent:
-            produced = agent["produced"] - earlier.get(_key(agent), agent["produced"])
+            produced = agent["produced"] - earlier.get(agent_key(agent), agent["produced"])
             agent["events_per_second"] = round(produced / seconds, 1)
     return list(now)
 
@@ -165,7 +163,7 @@ def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) 
 
 def row(agent: AgentStatus) -> list[str]:
     """Return the table cells of one agent, one for each of :data:`COLUMNS`."""
-    name, pid = _title(agent), str(agent["pid"])
+    name, pid = agent_title(agent), str(agent["pid"])
     if "error" in agent:
         hint = "check whether its process is stopped or its event loop blocked"
         return [name, pid, "", "no answer", "", "", "", "", f"{agent['error']}: {hint}"]
@@ -174,7 +172,7 @@ def row(agent: AgentStatus) -> list[str]:
         name,
         pid,
         agent["concurrency"],
-        _session(agent),
+        session_text(agent),
         str(agent["buffered"] + agent["adopting"]),
         "" if age is None or not agent["buffered"] else format_duration(age),
         f"{agent.get('events_per_second', 0):g}",
@@ -199,48 +197,6 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(_BARS[round(value / top * (len(_BARS) - 1))] for value in values)
 
 
-class StatusMonitor:
-    """Shows the status and the last samples of each agent, and refreshes until Ctrl-C."""
-
-    def __init__(self, output: Output, arguments: argparse.Namespace) -> None:
-        self._output = output
-        self._arguments = arguments
-        self._rates: dict[tuple[str, int], deque[float]] = {}
-        self._depths: dict[tuple[str, int], deque[float]] = {}
-        self._agents: list[AgentStatus] = []
-        self._polled_at = time.monotonic()
-
-    def run(self) -> int:
-        """Refresh the screen until Ctrl-C; return the exit code of the last sample."""
-        try:
-            with self._output.live() as redraw:
-                while True:
-                    self._poll()
-                    redraw(self._draw)
-                    ok = exit_code(self._agents) == 0
-                    self._output.print_json({"ok": ok, "agents": self._agents})
-                    time.sleep(self._arguments.watch)
-        except KeyboardInterrupt:
-            return exit_code(self._agents)
-
-    def _poll(self) -> None:
-        agents, now = query_agents(self._arguments), time.monotonic()
-        self._agents = with_rates(self._agents, agents, max(now - self._polled_at, 0.001))
-        self._polled_at = now
-        for agent in agents:
-            for histories, key in ((self._rates, "events_per_second"), (self._depths, "buffered")):
-                history = histories.setdefault(_key(agent), deque(maxlen=HISTORY_SIZE))
-                history.append(agent.get(key, 0))
-
-    def _draw(self) -> None:
-        print_agents(self._output, self._agents, filter_description(self._arguments))
-        for agent in self._agents:
-            rates, depths = self._rates[_key(agent)], self._depths[_key(agent)]
-            self._output.print_line(f"{_title(agent)} [{agent['pid']}]")
-            self._output.print_line(f"  events/s  {sparkline(rates)}  max {max(rates):g}")
-            self._output.print_line(f"  buffered  {sparkline(depths)}  max {max(depths):g}")
-
-
 def _running_adapters() -> list[str]:
     return sorted({client.adapter for client in control.list_clients()})
 
@@ -259,7 +215,8 @@ def refresh_interval(text: str) -> float:
     return seconds
 
 
-def _key(agent: AgentStatus) -> tuple[str, int]:
+def agent_key(agent: AgentStatus) -> tuple[str, int]:
+    """Return what identifies an agent of this host."""
     return agent["adapter"], agent["pid"]
 
 
@@ -267,7 +224,8 @@ def _reports_worker(agent: AgentStatus, worker: str | None) -> bool:
     return worker is None or worker in workers_of(agent)
 
 
-def _title(agent: AgentStatus) -> str:
+def agent_title(agent: AgentStatus) -> str:
+    """Return the name under which an agent is listed: its worker, if it reports only one."""
     names = sorted(workers_of(agent))
     if len(names) == 1:
         return str(names[0])
@@ -276,7 +234,8 @@ def _title(agent: AgentStatus) -> str:
     )
 
 
-def _session(agent: AgentStatus) -> str:
+def session_text(agent: AgentStatus) -> str:
+    """Return the transport and age of the session, or that there is none."""
     if not agent["connected"]:
         return "turned away" if agent.get("turned_away") else "not connected"
     since = agent.get("connected_at")

@@ -6,9 +6,10 @@ The encoders count on the flush loop's time. A signal handler counts nothing.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from z4j_bare.events.encode import encode_model
 from z4j_bare.wire.fit import MAX_TASK_NAME_CHARS, fit_name
@@ -29,6 +30,9 @@ MAX_EXCEPTIONS = 50
 
 #: Maximum number of combinations of worker, task name and queue. One takes about 1 KB.
 MAX_CELLS = 4000
+
+#: Maximum number of failures that are kept, with time and exception class.
+MAX_FAILURES = 20
 
 #: The label of everything beyond these limits.
 OTHER = "other"
@@ -59,6 +63,15 @@ KINDS = {
 Key = tuple[str, str | None, str, str | None]
 
 
+class TaskFailure(NamedTuple):
+    """A failure of a task. ``at`` is in seconds since the epoch."""
+
+    at: float
+    name: str
+    exception: str
+    worker: str
+
+
 class TaskCell:
     """The counts of one task name in one queue of one worker."""
 
@@ -66,14 +79,17 @@ class TaskCell:
         "delay_seconds",
         "delays",
         "failed",
+        "failures",
         "key",
         "runtime_seconds",
         "runtimes",
         *KINDS.values(),
     )
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: Key, failures: deque[TaskFailure]) -> None:
         self.key = key
+        #: The last failures of all cells.
+        self.failures = failures
         self.received = self.started = self.succeeded = 0
         self.retried = self.revoked = self.rejected = 0
         #: Number of failures by exception class.
@@ -110,6 +126,8 @@ class TaskCell:
             if exception not in self.failed and len(self.failed) >= MAX_EXCEPTIONS:
                 exception = OTHER
             self.failed[exception] = self.failed.get(exception, 0) + 1
+            _, worker, task, _ = self.key
+            self.failures.append(TaskFailure(time(), task, exception, worker or ""))
 
     def describe(self) -> dict[str, Any]:
         """Return the counts as plain JSON types."""
@@ -137,6 +155,8 @@ class TaskCounts:
     def __init__(self) -> None:
         #: The time at which every count was zero, in seconds since the epoch.
         self.created = time()
+        #: The last failures, oldest first, without arguments and texts.
+        self.failures: deque[TaskFailure] = deque(maxlen=MAX_FAILURES)
         self._cells: dict[Key, TaskCell] = {}
         self._names: set[str] = set()
         self._queues: set[str] = set()
@@ -183,7 +203,7 @@ class TaskCounts:
         )
         if key not in self._cells and len(self._cells) >= MAX_CELLS:
             key = (engine, OTHER if worker else None, OTHER, OTHER)
-        return self._cells.setdefault(key, TaskCell(key))
+        return self._cells.setdefault(key, TaskCell(key, self.failures))
 
 
 def _limit(known: set[str], name: str, limit: int) -> str:

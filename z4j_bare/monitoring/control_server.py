@@ -36,10 +36,10 @@ MAX_REQUEST_BYTES = 1024
 #: Bytes of a streamed response that are collected before they are sent.
 CHUNK_BYTES = 16 * 1024
 
-#: The user id of root, which can read the memory of every process anyway.
+#: The user id of root. Root may ask, because root can read the memory of every process anyway.
 _ROOT = 0
 
-#: What ``SO_PEERCRED`` returns: pid, user id and group id of the client.
+#: Layout of the value of ``SO_PEERCRED``: pid, user id and group id of the client.
 _CREDENTIALS = Struct("3i")
 
 #: A response: a document, or the parts of a JSON text that is too large for one step of a hub.
@@ -82,8 +82,8 @@ class ControlServer:
         finally:
             if self._listener is not None:
                 self._listener.close()
-            # In a forked child ``offload`` raises, so that the child does not remove the parent's
-            # files.
+            # In a forked child ``offload`` raises an exception, so the child cannot remove the
+            # parent's files.
             self._backend.offload(_unlink, self._files)
 
     def wake(self) -> None:
@@ -107,7 +107,7 @@ class ControlServer:
         self._listener = listener
 
     def _listen(self, listener: _socket.socket, path: Path) -> None:
-        """Bind under another name, because clients remove a socket that does not listen."""
+        """Bind under a temporary name, because clients remove a socket that does not listen."""
         unfinished = path.with_suffix(".tmp")
         self._files.append(unfinished)
         listener.setblocking(False)
@@ -191,8 +191,8 @@ class ControlServer:
 def _may_ask(client: _socket.socket) -> bool:
     """Return whether the client's process belongs to this user or to root.
 
-    The modes of the socket and of its directory forbid other users already. They do not on a
-    volume without modes.
+    The modes of the socket and of its directory already exclude other users.
+    This check is for volumes that do not support modes.
     """
     if not hasattr(_socket, "SO_PEERCRED"):
         return True

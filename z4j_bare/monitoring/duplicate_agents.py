@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 
-#: Seconds before the first check, when this worker's name is known, and from the first check to the
-#: second. A standalone agent has found the workers by the second check.
+#: Seconds before the first check, and from the first check to the second. At the first check the
+#: name of this worker is known. At the second check a standalone agent has found all workers.
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent.
-#: The timeout is short, because the wait occupies the store's native thread.
+#: The timeout is short, because the native thread that waits is the one that the store uses.
 REQUEST_TIMEOUT = 0.2
 
 
 class DuplicateAgentCheck:
-    """Warns of workers that another agent in this ``Z4J_HOME`` reports, too.
+    """Warns about workers that are also reported by another agent with the same ``Z4J_HOME``.
 
     :param describe: returns the status of this agent: ``project``, ``started_at``, and ``workers``
         by engine.
@@ -50,8 +50,8 @@ class DuplicateAgentCheck:
         own_workers = workers_of(own)
         for client in clients if ok and own_workers else ():
             other = self._request_status(client)
-            # The start time identifies an agent.
-            # The pid does not, because in containers that share a volume every process has pid 1.
+            # The start time identifies an agent. The pid does not identify it, because containers
+            # can share the volume, and each agent has pid 1.
             if (
                 other.get("project") == own["project"]
                 and other.get("started_at") != own["started_at"]

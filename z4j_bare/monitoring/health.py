@@ -20,17 +20,17 @@ logger = logging.getLogger("z4j.runtime.monitoring.health")
 #: Seconds from the end of a check to its next run.
 INTERVAL = 20.0
 
-#: Seconds from the end of a check to its next run if the check is suspect.
+#: Seconds from the end of a check to its next run while the check's ``suspect`` returns true.
 SUSPECT_INTERVAL = 4.0
 
 #: Seconds between two calls of ``suspect``, which reads only memory.
 WATCH_INTERVAL = 2.5
 
-#: Seconds to wait for one check. A check that takes longer continues to occupy a worker of the
-#: bridge. With this limit, a broker that does not answer is reported within 10 s.
+#: Seconds to wait for one check. A check that takes longer continues in a thread of the bridge.
+#: With this limit, a broker that does not answer is reported within 10 s.
 CHECK_TIMEOUT = 4.0
 
-#: Ends of the keys whose change is reported at once.
+#: Suffixes of the keys whose change is reported at once.
 _VERDICTS = (".broker_connected", ".broker_error", ".error")
 
 
@@ -47,7 +47,7 @@ class HealthLoop:
         backend: BaseConcurrency,
         consumer: Consumer | None,
     ) -> None:
-        #: Called when a check has another verdict than before.
+        #: Called when the value of a key that ends with one of ``_VERDICTS`` has changed.
         self.on_change: Callable[[], object] = lambda: None
         self._backend = backend
         self._checks: list[Check] = []
@@ -82,8 +82,8 @@ class HealthLoop:
 class Check:
     """One health check, its last results and its schedule.
 
-    The results replace those of the previous run. An entry that a failed check does not return,
-    such as the depths of a broker's queues, is therefore not reported again.
+    The results of a run replace all results of the previous run. So if a failed check does not
+    return the depths of a broker's queues, the old depths are not reported again.
 
     :param suspect: returns whether the check should run again soon; it does not ask the broker.
     """
@@ -117,8 +117,8 @@ class Check:
 class CachedProbe:
     """A blocking health check that delays the caller for at most :data:`CHECK_TIMEOUT` seconds.
 
-    A check that is still running is not started again. A result that arrives after the timeout is
-    returned by the next call.
+    While a check runs, a call does not start it again.
+    If a result arrives after the timeout, the next call returns it.
 
     :param check: returns items for the heartbeat.
     :param on_error: returns the items that report an error of the check.

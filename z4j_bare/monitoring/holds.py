@@ -1,4 +1,4 @@
-"""Periods in which code held the hub, and the code that held it."""
+"""Holds: periods in which code held the hub without yielding, and the code that did so."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from z4j_bare.concurrency.stacks import Position, innermost_user_code, read_stac
 #: The place of a hold in which no sample was taken.
 UNSAMPLED = "(not sampled: a C function kept the interpreter lock)"
 
-#: Modules in which the innermost frame of a thread lies while its hub waits for events.
+#: Modules of the innermost frame of a hub's thread while the hub waits for events.
 _IDLE_MODULES = frozenset(
     ("gevent.hub", "eventlet.hubs.hub", "eventlet.hubs.poll", "eventlet.hubs.epolls")
 )
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     def holder(self) -> tuple[object, ...]:
         """Identifies the greenlet: its task, or the code in which it started.
 
-        The identity of the frames is no help, because CPython creates frame objects when they are
+        The frame objects do not identify the greenlet, because CPython creates new ones at each
         read.
         """
         return (self.task, *self.stack[-1:])
@@ -47,7 +47,7 @@ class Hold(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """A sample and the seconds that it stands for."""
+    """A sample, and the seconds of the hold that are attributed to it."""
 
     seconds: float
     sample: Sample | None
@@ -60,7 +60,7 @@ class HoldTable:
         self._rows: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, hold: Hold) -> None:
-        """Add a hold to the rows of the places that were seen in it."""
+        """Add a hold to the rows of the places that its samples contain."""
         weighted = list(weigh(hold))
         single = len({each.sample.holder for each in weighted if each.sample}) <= 1
         seen: dict[tuple[str, str], dict[tuple[object, ...], float]] = {}
@@ -85,8 +85,8 @@ class HoldTable:
         """Return the rows as plain JSON types, the most expensive first.
 
         ``longest_seconds`` is the longest time that one greenlet held the hub at this place.
-        ``single_holds`` counts the holds in which only one greenlet was seen. In the other holds
-        several greenlets ran without a pause of the hub.
+        ``single_holds`` counts the holds whose samples show only one greenlet.
+        In other holds, several greenlets ran one after another before the hub could run its timers.
         """
         return sorted(self._rows.values(), key=lambda row: -float(row["total_seconds"]))
 
@@ -109,7 +109,8 @@ class HoldTable:
 def take_sample(at: float, thread: int, task: str) -> Sample | None:
     """Return the present stack of the hub's thread; ``None`` if the hub waits for events.
 
-    The hub waits for events again if this thread got the interpreter lock too late.
+    A hold may be over before this thread gets the interpreter lock, and then the hub waits for
+    events again.
 
     :param thread: key of the thread in ``sys._current_frames``.
     """
@@ -120,10 +121,10 @@ def take_sample(at: float, thread: int, task: str) -> Sample | None:
 
 
 def weigh(hold: Hold) -> Iterator[Weighted]:
-    """Iterate over the samples of a hold with the seconds that each stands for.
+    """Iterate over the samples of a hold, each with the seconds that are attributed to it.
 
-    A sample stands for the time since the previous one. A C function that keeps the interpreter
-    lock for 540 ms gets a single sample, and that sample stands for 540 ms.
+    A sample gets the time since the previous sample. If a C function keeps the interpreter lock for
+    540 ms, only one sample is taken, and it gets 540 ms.
     """
     before, last = hold.start, len(hold.samples) - 1
     if last < 0:

@@ -1,8 +1,9 @@
 """Measures the lag of the hub, and finds the code that blocks the hub.
 
 A timer of the hub measures how late the hub calls it. When the timer is overdue by a second, a
-native thread samples the stack of the hub's thread, to find the code that does not yield. The
-native thread wakes every other second, does not log and takes no locks, so tasks are not slower.
+native thread samples the stack of the hub's thread, to find the code that does not yield. Tasks do
+not become slower, because the native thread wakes only every other second, does not log and takes
+no locks.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ logger = logging.getLogger("z4j.runtime.monitoring.hub_lag")
 #: There are 10 samples per heartbeat, and each takes 0.2 ms of CPU.
 TICK = 1.0
 
-#: Seconds between two samples of the lag without a hub. A sample wakes a thread, which takes 0.1 ms
-#: of CPU. The lag is then only the time that this thread waits for the interpreter.
+#: Seconds between two samples of the lag without a hub. Each sample wakes a thread, which takes 0.1
+#: ms of CPU. In threads mode the lag is the time that this thread waits for the interpreter lock.
 TICK_OF_THREADS = 2.0
 
 #: Lag in seconds at which the stack of the hub's thread is sampled.
@@ -49,7 +50,7 @@ RECENT_LAGS = 300
 MAX_STACK_SAMPLES = 1000
 
 #: Maximum number of stored samples.
-#: A heartbeat removes the samples, but without a session there is no heartbeat.
+#: Heartbeats empty the list, but without a session there are no heartbeats.
 MAX_SAMPLES = 10_000
 
 
@@ -72,7 +73,8 @@ class LagHistory:
     def describe(self) -> dict[str, Any]:
         """Return quantiles in seconds and the histogram, as plain JSON types.
 
-        The quantiles since the start are upper bounds, because only the histogram is kept.
+        The quantiles since the start are upper bounds, because they are calculated from the
+        histogram.
         """
         recent = sorted(self._recent)
         number = sum(self._counts)
@@ -169,7 +171,7 @@ class HubLagMonitor:
         return p99, samples[-1], blocking_code
 
     def _tick(self) -> None:
-        """Take a sample. Must not log, because a timer of the hub calls this method."""
+        """Take a sample. A timer of the hub calls this method, so it must not log."""
         now = self._backend.now()
         lag, self._due = now - self._due, now + self._interval
         lag = max(0.0, lag)
@@ -216,9 +218,9 @@ class HubLagMonitor:
 def next_check(lag: float) -> float:
     """Return the seconds until the native thread checks the hub again.
 
-    The delay ends just after the lag would exceed ``BLOCKED_AFTER`` if no further tick came. While
-    the hub is on time, the thread therefore wakes only after every other tick. ``lag`` is negative
-    before a tick is due.
+    If no tick comes, the delay ends just after the lag exceeds ``BLOCKED_AFTER``.
+    Therefore, while the hub is on time, the thread wakes only after every other tick.
+    ``lag`` is negative before a tick is due.
     """
     if lag >= BLOCKED_AFTER:
         return STACK_SAMPLE_INTERVAL

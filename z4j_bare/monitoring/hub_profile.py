@@ -19,8 +19,8 @@ TICK = 0.01
 #: Minimum seconds of a hold that is recorded.
 MIN_HOLD = 0.02
 
-#: Seconds between two samples. Sampling every 20 ms takes 0.4 % of a processor, every 10 ms about
-#: 1 %, so the shorter interval is used only while the hub is held.
+#: Seconds between two samples. Only while the hub is held, the shorter interval is used, because
+#: sampling every 10 ms takes about 1 % of a processor, and sampling every 20 ms takes 0.4 %.
 SAMPLE_INTERVAL = 0.02
 SAMPLE_INTERVAL_HELD = 0.01
 
@@ -66,7 +66,7 @@ class HubProfile:
         now = self._backend.now()
         samples, self._samples = self._samples, []
         if now - self._due >= MIN_HOLD and len(self.holds) < MAX_HOLDS:
-            # The hold began between this tick's due time and the previous tick.
+            # The hold began between the previous tick and this tick's due time; assume the middle.
             self.holds.append(Hold(self._due - TICK / 2, now, samples))
         self._due = now + TICK
         if now - self._started_at >= self.seconds and self._cancel is not None:

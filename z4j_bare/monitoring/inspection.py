@@ -122,6 +122,7 @@ def stream_metrics(
         "queues": metrics.queue_depths(),
         "lag": metrics.hub_lag.history.describe(),
         "task_names": counts.number_of_names(),
+        "failures": [failure._asdict() for failure in list(counts.failures)],
         "runtime_bounds": RUNTIME_BOUNDS,
         "delay_bounds": DELAY_BOUNDS,
     }
@@ -148,7 +149,7 @@ class HubInspector:
     def answer(self, *, profile: float = 0.0, result: bool = False) -> Response:
         """Return the lags and the table of holds.
 
-        :param profile: start a profile of so many seconds.
+        :param profile: start a profile of this many seconds; 0 starts none.
         :param result: return the last profile as well.
         :raises ValueError: ``profile`` is not between 0 and 600 seconds.
         """

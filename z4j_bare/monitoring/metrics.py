@@ -46,8 +46,8 @@ _MAX_BLOCKING_CODE = 500
 class Counters:
     """Totals since ``start()``. Each total is written by a single loop.
 
-    ``unencodable`` counts events that the encoder failed on, and ``recut`` counts payloads that
-    were truncated to fit into a frame. ``last_flush_at`` is in seconds since the epoch.
+    ``unencodable`` counts events for which the encoder failed. ``recut`` counts payloads that were
+    truncated to fit into a frame. ``last_flush_at`` is in seconds since the epoch.
     """
 
     stored: int = 0
@@ -68,7 +68,7 @@ class Counters:
 class AgentMetrics:
     """Combines the counters of all packages; does no I/O.
 
-    :param started: seconds since the epoch at which the agent started.
+    :param started: when the agent started, in seconds since the epoch.
     :param channel_lost: returns the number of events that a worker's children could not send.
     :param dropped: returns the number of events that adapters have lost, by engine.
     :param unheard: returns the number of accepted tasks without an event of their start.
@@ -138,15 +138,15 @@ class AgentMetrics:
         return lost
 
     def depth(self) -> int:
-        """Return the number of unsent rows in this store and in the orphan that is adopted."""
+        """Return the number of unsent rows in this store and in the orphaned store it adopts."""
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
         """Return ``telemetry_loss``: the cumulative losses.
 
         Losses of the buffer are counted since the buffer was created, all others since the agent
-        was created. The protocol calls a row a frame. The counts by reason and the counts by kind
-        each add up to the number of all losses. The brain validates this payload strictly
+        was created. The protocol calls a row a frame. The counts by reason add up to the number of
+        all losses, and so do the counts by kind. The brain validates this payload strictly
         (``docs/protocol.md``, Heartbeats).
         """
         buffer = self._buffer.last_stats

@@ -19,7 +19,7 @@ MAX_LINES = 500
 #: Maximum characters of a line, without its frames.
 MAX_CHARS = 1_000
 
-#: Maximum number of frames of an exception that are kept, the innermost ones.
+#: Maximum number of an exception's frames that are kept. The innermost frames are kept.
 MAX_FRAMES = 10
 
 
@@ -35,8 +35,8 @@ class LogLine(NamedTuple):
 class RecentLog(logging.Handler):
     """Keeps the last lines in memory.
 
-    ``logging`` holds the lock of a handler while the handler runs. A native thread that holds a
-    monkey-patched lock can block the hub. This handler has no lock, because a deque needs none.
+    This handler has no lock, because a deque needs none. ``logging`` would hold a handler's lock
+    while the handler runs, and a native thread that holds a monkey-patched lock can block the hub.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class RecentLog(logging.Handler):
             if record.levelno >= logging.WARNING and self._is_only_handler(record):
                 self._print(record)
         except Exception:
-            # The host's code called the logger. It must not see an error of this handler.
+            # An error of this handler must not reach the host's code that called the logger.
             return False
         return True
 
@@ -82,21 +82,21 @@ class RecentLog(logging.Handler):
     def _print(self, record: logging.LogRecord) -> None:
         """Print the line as Python does in a process without handlers.
 
-        ``logging`` would do it, but counts this handler.
+        ``logging`` itself does not print it, because this handler counts as a handler.
         """
         if logging.lastResort is not None:
             logging.lastResort.handle(record)
 
 
-#: The lines of this process. A restart of the agent keeps them.
+#: The last lines of this process. A restart of the agent does not clear the lines.
 recent_log = RecentLog()
 
 
 def start_recording() -> None:
     """Keep the lines that are logged from now on. Idempotent.
 
-    The effective level of a logger decides which lines are logged. This function changes no level,
-    because the host's handlers would then print more.
+    The effective level of a logger decides which lines are logged.
+    This function changes no level, because a lower level would make the host's handlers print more.
     """
     logging.getLogger(LOGGER).addHandler(recent_log)
 
@@ -125,7 +125,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _places(traceback: TracebackType | None) -> str:
-    """Return the frames as text, innermost last. No source is read, because this is the hub."""
+    """Return the frames as text, innermost last. Reads no file, because the hub must not wait."""
     places: deque[str] = deque(maxlen=MAX_FRAMES)
     while traceback is not None:
         code = traceback.tb_frame.f_code

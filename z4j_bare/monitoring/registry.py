@@ -29,7 +29,7 @@ logger = logging.getLogger("z4j.runtime.monitoring.registry")
 INTERVAL = 300.0
 
 #: Bytes of task definitions at which a frame is complete.
-#: The frames are small, because other frames wait while a frame is written.
+#: The frames are small, because heartbeats and events wait while a frame is written.
 MAX_DELTA_BYTES = 16 * 1024
 
 
@@ -40,7 +40,7 @@ class RegistryLoop:
     transport has accepted the frame.
 
     :param connection: returns the current connection, or ``None`` without a session.
-    :param dev: whether to discover tasks after a change of a ``tasks.py``, too.
+    :param dev: whether to discover tasks also when a ``tasks.py`` changes.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RegistryLoop:
         self._timeslice = TimeSlice(backend)
         self._wakeup = backend.event()
         self._stale = True
-        # The task definitions that were found, and those that were sent.
+        # The task definitions that were found, and the task definitions that were sent.
         # Both contain canonical JSON by engine and by the name of the task.
         self._found: dict[str, dict[str, bytes]] = {}
         self._sent: dict[str, dict[str, bytes]] = {}

@@ -25,8 +25,8 @@ V = TypeVar("V")
 #: What replaces a secret.
 MASK = "***"
 
-#: Minimum characters of a secret that is searched in a text. A shorter one is masked only where its
-#: position shows that it is a secret, as in a URL.
+#: Minimum characters of a secret that is searched in a text.
+#: A shorter secret is masked only at a place that shows that it is a secret, as in a URL.
 MIN_CHARS = 4
 
 #: Names of variables whose value is a secret.
@@ -63,7 +63,8 @@ class Scrubber:
 
     def __init__(self, secrets: Iterable[str]) -> None:
         forms = {form for secret in secrets for form in _forms(secret) if len(form) >= MIN_CHARS}
-        # A longer form can contain a shorter one, whose replacement would leave the rest.
+        # The longest form comes first. If a shorter form that it contains were replaced first, the
+        # rest of the longer form would remain.
         self._forms = sorted(forms, key=len, reverse=True)
 
     def text(self, text: str) -> str:

@@ -14,7 +14,13 @@ from z4j_bare.engines.celery.task_state import TaskState, TaskType
 from z4j_bare.engines.celery.translate import Translator
 from z4j_bare.events import task_counts
 from z4j_bare.events.redaction import Redactor
-from z4j_bare.events.task_counts import DELAY_BOUNDS, OTHER, RUNTIME_BOUNDS, TaskCounts
+from z4j_bare.events.task_counts import (
+    DELAY_BOUNDS,
+    MAX_FAILURES,
+    OTHER,
+    RUNTIME_BOUNDS,
+    TaskCounts,
+)
 
 
 @pytest.fixture
@@ -86,6 +92,18 @@ def test_encoder_counts_other_ends_by_kind(encoder, counts):
         "failed": {"KeyError": 2, "OSError": 1},
     }
     assert sum(row(counts)["runtimes"]) == 0
+
+
+def test_last_failures_are_kept_without_texts(encoder, counts):
+    """The last failures of all tasks are kept in order, with their class and without their text."""
+    for number in range(MAX_FAILURES + 2):
+        task_state = TaskState(TaskType(f"shop.pay_{number}", None), "orders")
+        own = {"exception": "KeyError", "message": "4929-1234"}
+        encoder.generic((None, 100.0, "t", task_state, "task.failed", own, 1.0))
+    assert len(counts.failures) == MAX_FAILURES
+    last = counts.failures[-1]
+    assert last[1:] == (f"shop.pay_{MAX_FAILURES + 1}", "KeyError", "w@h")
+    assert time() - 60 < last.at <= time()
 
 
 def test_encoder_counts_task_with_meta_once(encoder, counts):

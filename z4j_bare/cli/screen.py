@@ -1,0 +1,176 @@
+"""Draws a screen that is refreshed, and reads the keys that the operator presses."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TextIO
+
+#: Codes of the terminal: use and leave the alternate screen, with the cursor hidden.
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+
+#: Codes of the terminal: move to the first line, delete the rest of the line, and of the screen.
+_HOME, _END_OF_LINE, _END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+
+#: Maps each style to its code.
+_STYLES = {"": "", "bold": "1", "dim": "2", "reverse": "7", "bold red": "1;31", "yellow": "33"}
+
+#: Maximum bytes of one read of the keyboard.
+_READ_BYTES = 64
+
+#: Minimum characters of a column that is shortened, unless its content is shorter.
+_MIN_COLUMN = 8
+
+#: What the end of the input stands for, as when a connection by SSH is closed.
+END = "end"
+
+
+class Line(NamedTuple):
+    """A line of the screen. The style is a key of the terminal's styles."""
+
+    text: str
+    style: str = ""
+
+
+class Column(NamedTuple):
+    """A column of a table.
+
+    :param flexible: whether the column is shortened if the table is too wide.
+    """
+
+    title: str
+    right: bool = False
+    flexible: bool = False
+
+
+class Screen:
+    """The terminal of a command that refreshes its output.
+
+    If the output is not a terminal, the texts follow each other and no key is read.
+
+    :param stream: the output.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self.is_terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._keyboard: int | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Use the whole terminal until the end of the block, and read single keys."""
+        if not self.is_terminal:
+            yield
+            return
+        with _single_keys() as self._keyboard:
+            self._write(_ENTER)
+            try:
+                yield
+            finally:
+                self._write(_LEAVE)
+
+    def size(self) -> tuple[int, int]:
+        """Return the numbers of columns and lines; 0 lines if the output is not a terminal."""
+        columns, lines = shutil.get_terminal_size()
+        return (columns, lines) if self.is_terminal else (max(columns, 120), 0)
+
+    def draw(self, lines: Sequence[Line]) -> None:
+        """Replace the content of the terminal, without an empty screen in between."""
+        if not self.is_terminal:
+            self._write("".join(f"{line.text.rstrip()}\n" for line in lines))
+            return
+        columns, rows = self.size()
+        shown = [_styled(line, columns) + _END_OF_LINE for line in lines[:rows]]
+        self._write(_HOME + "\r\n".join(shown) + _END_OF_SCREEN)
+
+    def wait(self, seconds: float) -> str:
+        """Wait for a key and return it; empty after ``seconds``, :data:`END` without a terminal."""
+        if self._keyboard is None:
+            time.sleep(seconds)
+            return ""
+        ready, _, _ = select.select([self._keyboard], [], [], max(0.0, seconds))
+        if not ready:
+            return ""
+        try:
+            return os.read(self._keyboard, _READ_BYTES).decode(errors="ignore") or END
+        except OSError:  # the terminal has gone
+            return END
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return the header and the rows as texts of at most ``width`` characters.
+
+    Flexible columns are shortened until the table fits.
+    """
+    cells = [[column.title for column in columns], *rows]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    excess = sum(widths) + 2 * (len(columns) - 1) - width
+    while excess > 0:
+        candidates = [
+            index
+            for index, column in enumerate(columns)
+            if column.flexible and widths[index] > _MIN_COLUMN
+        ]
+        if not candidates:
+            break
+        widths[max(candidates, key=widths.__getitem__)] -= 1
+        excess -= 1
+    lines = []
+    for row in cells:
+        texts = [
+            shorten(cell, size).rjust(size) if column.right else shorten(cell, size).ljust(size)
+            for cell, size, column in zip(row, widths, columns, strict=True)
+        ]
+        lines.append("  ".join(texts)[:width])
+    return lines
+
+
+def shorten(text: str, width: int) -> str:
+    """Return ``text`` with at most ``width`` characters."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def share(lines: int, wanted: Sequence[int]) -> list[int]:
+    """Share ``lines`` between parts of the screen. A part gets at most what it wants."""
+    shares = [0] * len(wanted)
+    while lines > 0:
+        open_parts = [index for index, number in enumerate(wanted) if shares[index] < number]
+        if not open_parts:
+            break
+        for index in open_parts[:lines]:
+            shares[index] += 1
+            lines -= 1
+    return shares
+
+
+def _styled(line: Line, columns: int) -> str:
+    text = "".join(each if each.isprintable() else "?" for each in line.text[:columns])
+    code = "" if "NO_COLOR" in os.environ and line.style != "reverse" else _STYLES[line.style]
+    return f"\x1b[{code}m{text}\x1b[0m" if code else text
+
+
+@contextmanager
+def _single_keys() -> Iterator[int | None]:
+    """Let the terminal deliver each key at once; yield its descriptor, or ``None``."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        yield None
+        return
+    import termios
+    import tty
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    tty.setcbreak(descriptor)
+    try:
+        yield descriptor
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
