@@ -233,7 +233,8 @@ class Trial:
             began = self._connect(fleet)
             self._wait_for_acks(fleet)
             acks = fleet.finish()[0].acks
-        return events / (acks[-1][0] - began)
+        rate: float = events / (acks[-1][0] - began)
+        return rate
 
     def run(self) -> tuple[dict[str, Any], list[Result]]:
         """Run all agents; return the figures and the results."""
