@@ -23,14 +23,14 @@ logger = logging.getLogger("z4j.runtime.cli.adapters")
 class AdapterSpec:
     """Describes how one kind of adapter is constructed.
 
-    The adapter's package is imported only when an operator selects the adapter. Therefore no
-    adapter package is a dependency.
+    An adapter's package is imported only when an operator selects the adapter.
+    So z4j-bare does not depend on the adapter packages.
 
     :param package: distribution to install. Its import package has the same name with underscores.
     :param attribute: name of the adapter's class in the package.
     :param parameter: constructor parameter that takes the application object.
     :param read: function that derives all constructor arguments from the application object. If
-        it is set, ``parameter`` is not used.
+        ``read`` is set, ``parameter`` is not used.
     """
 
     package: str
@@ -41,7 +41,7 @@ class AdapterSpec:
     def build(self, app: str | None, options: Mapping[str, object], setting: str = "--app") -> Any:
         """Import the application and the adapter's package and return the adapter.
 
-        Raises ``HostConfigurationError``, whose message names what is missing or invalid.
+        Raises ``HostConfigurationError``. The message names what is missing or invalid.
 
         :param app: the application as ``module:attr``.
         :param options: further constructor arguments.
@@ -150,9 +150,9 @@ def build(
 def load_app(path: object, setting: str = "--app") -> object:
     """Import and return the application that ``module:attr`` or ``module.attr`` names.
 
-    If the module calls ``install_agent``, the call starts no agent. Raises
-    ``HostConfigurationError``, whose message names ``setting`` and the problem. Raises
-    ``ConfigError`` if the module's call of ``install_agent`` raises it.
+    If the module calls ``install_agent``, the call starts no agent.
+    Raises ``HostConfigurationError`` with a message that names ``setting`` and the problem.
+    Raises the ``ConfigError`` of the module's call of ``install_agent``.
     """
     if not path:
         raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")
@@ -171,7 +171,7 @@ def load_app(path: object, setting: str = "--app") -> object:
 
 def _import_attribute(path: str, module: str, attribute: str, setting: str) -> object:
     if "" not in sys.path:
-        # The app is usually in the working directory. `celery -A` also searches that directory.
+        # The app is usually in the working directory. `celery -A` searches that directory as well.
         sys.path.insert(0, "")
     try:
         with importing_application():

@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 def _join_secrets(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
     """Yield the words, with each secret joined to its option by an equals sign.
 
-    argparse would take a secret that begins with a dash for an option.
+    argparse treats a word that begins with a dash as an option, even if it is a secret.
     """
     waiting = iter(words)
     for word in waiting:
@@ -98,10 +98,10 @@ def _join_secrets(words: Sequence[str], known: Collection[str]) -> Iterator[str]
 
 
 def _secrets(words: Sequence[str], known: Collection[str]) -> set[str]:
-    """Return the words, and values of ``option=value``, that can be secrets.
+    """Return the words that may be secrets, and such values of ``option=value``.
 
-    The result contains the values of secret options, and all words from an unknown option to the
-    next known one.
+    The result contains the values of secret options. It also contains all words between an unknown
+    option and the next known option, because the unknown option may be a misspelt secret option.
     """
     found: set[str] = set()
     hidden = False
@@ -134,7 +134,7 @@ def _options(parser: argparse.ArgumentParser, words: Collection[str]) -> Iterato
 
 
 def _similar_options(word: str, known: Sequence[str]) -> list[str]:
-    """Return the option that an unknown option resembles or is an abbreviation of, if any."""
+    """Return the known option that an unknown option abbreviates or resembles, if any."""
     name = word.partition("=")[0]
     abbreviated = [option for option in known if len(name) > len("--") and option.startswith(name)]
     extended = [option for option in known if name.startswith(option)]

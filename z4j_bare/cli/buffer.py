@@ -44,7 +44,7 @@ exit codes: 0 done, 1 rows are left or a store cannot be read, 2 usage or config
   3 the named store belongs to a running process
 """
 
-#: Exit code if the operator names a store that belongs to a running process.
+#: Exit code if the command names a store that belongs to a running process.
 STORE_IN_USE = 3
 
 ACTIONS = {
@@ -103,10 +103,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
-    """Return reports on the stores that the operator named, or on all stores if none was named.
+    """Return reports on the stores that the command names, or on all stores if it names none.
 
-    A buffer of the existing agent is no store. Raises ``HostConfigurationError`` if no store and no
-    such buffer has one of the names.
+    The result does not contain the buffers of the existing agent.
+    Raises ``HostConfigurationError`` if a name belongs neither to a store nor to such a buffer.
     """
     paths = report.stores(configuration.home() / "store")
     existing = [each.path for each in existing_buffers(arguments)]
@@ -145,7 +145,7 @@ def orphaned_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     if arguments.stores:
         for store in stores:
             if store.owner_alive:
-                # claim_orphan raises LocalStorageError, unless the process has ended meanwhile.
+                # claim_orphan raises LocalStorageError, unless the process has just ended.
                 with report.claim_orphan(store.path):
                     pass
     return [store for store in stores if not store.owner_alive]
@@ -265,7 +265,7 @@ def _import_existing(arguments: argparse.Namespace, uploader: OrphanUploader) ->
 
 
 def _orphaned_runs(arguments: argparse.Namespace, sent: list[StoreReport]) -> list[Path]:
-    """Return the files of open runs whose store is selected, and is gone or empty."""
+    """Return the files of open runs whose store is selected and either deleted or empty."""
     beside = [runs_path(store.path) for store in sent]
     empty = [
         path

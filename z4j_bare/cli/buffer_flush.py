@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 500
 
 #: Maximum number of events of open runs in one frame.
-#: With ids of 200 bytes and descriptions of 500 bytes, the frame has 100 KiB.
+#: If an id has 200 bytes and a description has 500 bytes, the frame has 100 KiB.
 RUN_EVENTS = 100
 
 #: Maximum bytes of payloads that one read of a store returns. A larger row is returned alone.
@@ -47,11 +47,11 @@ SendRows = Callable[[Sequence[BufferEntry]], int]
 class OrphanUploader:
     """Sends the rows of stores over one session. Call ``close`` after the last store.
 
-    The uploader sends no ``hello``, which would overwrite the agent's engines in the brain and
-    claim its pending commands. A row is deleted after the brain has acknowledged it.
+    The uploader sends no ``hello``, because a ``hello`` overwrites the agent's engines in the brain
+    and claims the agent's pending commands. A row is deleted after the brain has acknowledged it.
 
     ``sent`` is the number of acknowledged rows, ``runs`` the number of reported open runs.
-    ``skipped`` lists the stores in which rows are left, each with the reason.
+    ``skipped`` lists each store in which rows are left, with the reason.
     """
 
     def __init__(self, config: Config, settings: Settings) -> None:
@@ -80,7 +80,7 @@ class OrphanUploader:
     def send(self, path: Path, done: Callable[[int], None]) -> None:
         """Send the rows of one store and close the store, which deletes the file if it is empty.
 
-        A store that cannot be opened, for example one of another deployment, is added to
+        A store that cannot be opened, for example a store of another deployment, is added to
         ``skipped``. Raises ``LocalStorageError`` if the store belongs to a running process, and
         ``NetworkError`` or ``RemoteError`` if the brain does not accept the rows.
 
@@ -108,7 +108,8 @@ class OrphanUploader:
     def claim_existing(self, path: Path) -> ExistingBuffer:
         """Claim a buffer of the existing agent.
 
-        Raises ``LocalStorageError`` if its process runs or it belongs to another project.
+        Raises ``LocalStorageError`` if the buffer's process runs or the buffer belongs to another
+        project.
         """
         return ExistingBuffer(path, key_digest(self._key), sys.maxsize)
 
@@ -123,9 +124,9 @@ class OrphanUploader:
             store.close()
 
     def send_runs(self, path: Path) -> None:
-        """Report the runs that were open when their process ended, and delete the file.
+        """Report the runs that were open when the file's process ended, and delete the file.
 
-        Call this method after all rows of that process have been sent. The file of a running
+        Call this method only after all rows of the process have been sent. The file of a running
         process or of another deployment is skipped. Raises ``NetworkError`` or ``RemoteError``.
         """
         try:

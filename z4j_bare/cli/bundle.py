@@ -1,4 +1,4 @@
-"""Writes the file of ``z4j-bare doctor --bundle``: what a bug report needs, without secrets."""
+"""Writes the file of ``z4j-bare doctor --bundle``: the data for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def write(file: BinaryIO, arguments: argparse.Namespace, doctor: dict[str, Any])
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
-    """Return the secrets of this command, and its settings or why they are wrong."""
+    """Return this command's secrets, and its settings or the reason why the settings are wrong."""
     try:
         config, settings = configuration.resolved(arguments)
     except ConfigError as error:
@@ -146,7 +146,7 @@ def _query(verb: str, parameters: dict[str, object] | None = None) -> list[dict[
 
 
 def _collect(function: Callable[..., Any], *arguments: object) -> Any:
-    """Return the result of ``function``, or why it failed, because the other files still help."""
+    """Return the result of ``function``, or its failure, because the other files still help."""
     try:
         return function(*arguments)
     except Exception as error:

@@ -45,7 +45,7 @@ _FLAGS = (
     "concurrency",
 )
 
-#: Flags with a secret, and the variables that name the file of the same secret.
+#: Maps each flag with a secret to the variable that names a file with the same secret.
 _SECRET_FILES = {"token": "Z4J_TOKEN_FILE", "hmac_secret": "Z4J_HMAC_SECRET_FILE"}
 
 #: Base class of argparse's parsers and argument groups. The class has no public name.
@@ -64,8 +64,8 @@ class FileSettings:
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the brain's address and the agent's credentials.
 
-    No flag takes the signing key itself, because other users can see the arguments of a process
-    that runs for weeks.
+    No flag takes the signing key itself, because other users can see a process's arguments, and
+    such a process may run for weeks.
     """
     group = parser.add_argument_group(
         "connection", "flags override environment variables, and the variables override the file"
@@ -124,7 +124,7 @@ def add_agents(parser: argparse.ArgumentParser) -> None:
 def apply(arguments: argparse.Namespace) -> FileSettings:
     """Copy the settings of the file and of the flags into the environment.
 
-    Returns the settings of the file that are not copied. Raises ``HostConfigurationError``, whose
+    Returns the settings of the file that are not copied. Raises ``HostConfigurationError``. The
     message names the file or the variable, and the fix.
     """
     file = FileSettings()
@@ -133,7 +133,7 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
         file = _read(Path(path))
     for name, variable in _SECRET_FILES.items():
         if getattr(arguments, name, None) is not None:
-            os.environ.pop(variable, None)  # The file would override the flag.
+            os.environ.pop(variable, None)  # The file named here would override the flag.
     for name in _FLAGS:
         value = getattr(arguments, name, None)
         if value is not None:

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    """Run the probes that send no token; return an exit code as :func:`run` does."""
+    """Run the probes that send no token; return the same exit codes as :func:`run`."""
     output = Output(json_only=arguments.json)
     try:
         config, settings = configuration.resolved(arguments)
@@ -108,7 +108,7 @@ def report_configuration_error(output: Output, error: ConfigError) -> dict[str, 
 
 
 def report(output: Output, config: Config, results: Iterable[ProbeResult]) -> dict[str, Any]:
-    """Print each result when its probe ends; return the document of ``--json``."""
+    """Print each result as soon as the probe ends; return the document of ``--json``."""
     seen = []
     for result in results:
         seen.append(result)
@@ -128,7 +128,8 @@ def _examine(output: Output, arguments: argparse.Namespace) -> dict[str, Any]:
     app: object = None
     try:
         if arguments.app:
-            # Call apply() first, because an agent that the application installs reads the settings.
+            # Call apply() before the import, because an agent that the application installs reads
+            # the settings.
             configuration.apply(arguments)
             app = load_app(arguments.app)
         config, settings = configuration.resolved(arguments)

@@ -1,4 +1,4 @@
-"""``z4j-bare hub``: how late the hub of each worker is, and which code held it."""
+"""``z4j-bare hub``: how late each worker's hub is, and which code held the hub."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ KEEP_SECONDS = 300.0
 #: Name of the file in ``Z4J_HOME`` with the last answers, for the next call of the command.
 MEMORY_FILE = "metrics-last.json"
 
-#: Version of that file and of the document that ``--json`` prints.
+#: Version of the layout of that file, and of the document that ``--json`` prints.
 SCHEMA = 1
 
 Answer = dict[str, Any]
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     everyone = query()
     families = memory.families(everyone, time.time(), arguments.adapter)
     answers = [each for each in everyone if arguments.adapter in (None, each["adapter"])]
-    with suppress(OSError):  # the next call then shows no ended worker
+    with suppress(OSError):  # if this fails, the next call shows no ended workers
         _replace(path, json.dumps({"schema": SCHEMA, "answers": memory.entries()}))
     code = 0 if answers and not any("error" in each for each in answers) else 1
     if arguments.json:
@@ -120,7 +120,7 @@ def query() -> list[Answer]:
 class Memory:
     """Remembers the last answer of each agent.
 
-    :param entries: what :meth:`entries` of an earlier memory returned.
+    :param entries: the result of :meth:`entries` of an earlier memory.
     """
 
     def __init__(self, entries: Iterable[tuple[float, Answer]] = ()) -> None:

@@ -57,7 +57,7 @@ ALREADY_RUNNING = 3
 #: Seconds between two checks for a received signal.
 POLL_INTERVAL = 0.5
 
-#: Seconds of one step of the agent's loops after which the systemd watchdog is not reset.
+#: If a step of one of the agent's loops takes this many seconds, the systemd watchdog is not reset.
 #: Even the import of a module from a slow disk takes only some seconds.
 STUCK_SECONDS = 60.0
 
@@ -130,7 +130,8 @@ def run(arguments: argparse.Namespace) -> int:
     drain = _drain_seconds(arguments.drain)
     try:
         with _single_instance(enforce=not arguments.allow_second), _termination_signals() as caught:
-            # Without the handler, SIGHUP would end this process. The agent writes no pid file then.
+            # Without the handler, SIGHUP would end this process, and the agent would write no pid
+            # file.
             control.install_sighup_handler(None)
             _serve(_install(arguments, file), caught, drain)
     except AlreadyRunningError as error:
@@ -156,7 +157,7 @@ def _install(arguments: argparse.Namespace, file: configuration.FileSettings) ->
 def _termination_signals() -> Iterator[list[int]]:
     """Yield a list to which handlers of SIGINT and SIGTERM append the received signals.
 
-    The handlers are installed before the agent starts, so no signal ends it without a drain.
+    The handlers are installed before the agent starts, so no signal ends the agent without a drain.
     """
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -193,9 +194,9 @@ def select_adapters(
 ) -> dict[str, Mapping[str, Any]]:
     """Return the options of each selected adapter by its name.
 
-    The flags select the adapters. The variable selects them if there are no flags, and the file if
-    there is no variable either. An adapter's options come from the file. A flag or the variable can
-    override only the option ``app``.
+    The flags select the adapters. Without flags, the variable selects the adapters. Without flags
+    and variable, the file does. An adapter's options come from the file, and a flag or the variable
+    can override only the option ``app``.
 
     :param flags: name and application of each adapter in ``--engine`` or ``--scheduler``.
     :param variable: ``Z4J_ENGINES`` or ``Z4J_SCHEDULERS``.
@@ -234,9 +235,9 @@ def _adapter_choice(
 def _drain_seconds(flag: float | None) -> float:
     """Return the time limit of the shutdown, in seconds.
 
-    Also set ``Z4J_FLUSH_SECONDS``, if it is not set, to the time limit minus :data:`POST_DRAIN`.
-    Its default is short, because a worker's exit must not wait long for acks. A standalone agent
-    runs no tasks and can wait longer.
+    If ``Z4J_FLUSH_SECONDS`` is not set, set it to the time limit minus :data:`POST_DRAIN`. The
+    default of the setting is too short here: it suits a worker, whose exit must not wait long for
+    acks. A standalone agent runs no tasks and can wait longer.
     """
     text = os.environ.get("Z4J_DRAIN_SECONDS") or str(DRAIN_SECONDS)
     try:
@@ -257,8 +258,9 @@ def _drain_seconds(flag: float | None) -> float:
 def _single_instance(*, enforce: bool) -> Iterator[None]:
     """Hold the lock that allows one standalone agent per project, ``Z4J_HOME`` and host.
 
-    A second standalone agent would report every worker twice. If the lock file cannot be created,
-    the agent starts without the lock, because a second agent could not create its buffer either.
+    A second standalone agent would report every worker twice.
+    If the lock file cannot be created, the agent starts without the lock, because a second agent
+    could not create a buffer in that directory either.
 
     Raises ``AlreadyRunningError`` if another process holds the lock and ``enforce`` is true.
     """

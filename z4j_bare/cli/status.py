@@ -76,7 +76,7 @@ def add_restart_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the state of the selected agents; return the result of :func:`exit_code`."""
+    """Print the state of the selected agents; return the exit code (see :func:`exit_code`)."""
     configuration.open_home(arguments)
     if arguments.quiet:
         return exit_code(query_agents(arguments))
@@ -151,7 +151,7 @@ def filter_description(arguments: argparse.Namespace) -> str:
 
 
 def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
-    """Write a table of the agents, or the usual reason if there is no agent."""
+    """Write a table of the agents. If there is no agent, write the usual reason for that."""
     if not agents:
         output.print_line(
             f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "

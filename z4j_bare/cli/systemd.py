@@ -22,8 +22,8 @@ class Notifier:
     def ready(self) -> None:
         """Report that the agent has started.
 
-        The agent captures and buffers events even if the brain is unreachable. Therefore the report
-        does not depend on a session.
+        The agent need not have a session, because it captures and buffers events even if the brain
+        is unreachable.
         """
         self._send("READY=1")
 

@@ -31,7 +31,7 @@ COLUMNS = ("age", "name", "id", "worker", "pid", "position", "waiting in")
 #: Seconds that an agent with thousands of tasks may need between two parts of its answer.
 ANSWER_TIMEOUT = 10.0
 
-#: What a prefork child's row shows instead of a position.
+#: Text in a prefork child's row in place of a position.
 NO_POSITION = "(in a child process)"
 
 Row = dict[str, Any]
@@ -125,7 +125,7 @@ def print_answers(output: Output, answers: Sequence[Row], arguments: argparse.Na
 
 
 def rows_of(task: Row) -> list[list[str]]:
-    """Return the table rows of a task: its own, and one for each task or greenlet below it."""
+    """Return the table rows of a task: its own, and one for each task or greenlet inside it."""
     below = [
         ["", f"  {each['name']} (eager)", each["id"], "", "", "", ""]
         for each in task.get("eager", ())
@@ -169,7 +169,8 @@ def _print_frames(output: Output, place: Mapping[str, Any]) -> None:
         return
     for frame in reversed(frames):
         output.print_line(f'  File "{frame["file"]}", line {frame["line"]}, in {frame["function"]}')
-        # The file is read by this command, which may run on another host than the worker.
+        # This command reads the source file.
+        # The line is missing if this host does not have the file.
         if text := linecache.getline(frame["file"], frame["line"]).strip():
             output.print_line(f"    {text}")
 

@@ -1,7 +1,7 @@
 """Answers the requests to the control server.
 
-What ``z4j-bare tasks``, ``hub``, ``metrics`` and ``doctor --bundle`` show is collected only when a
-request asks for it.
+The data for ``z4j-bare tasks``, ``hub``, ``metrics`` and ``doctor --bundle`` is collected only when
+a client requests it.
 """
 
 from __future__ import annotations

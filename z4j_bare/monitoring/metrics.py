@@ -138,7 +138,7 @@ class AgentMetrics:
         return lost
 
     def depth(self) -> int:
-        """Return the number of unsent rows in this store and in the orphaned store it adopts."""
+        """Return the number of unsent rows in this store and in the orphan being adopted."""
         return self._buffer.last_stats.rows + self._buffer.orphan_rows
 
     def loss(self) -> dict[str, Any]:
