@@ -13,7 +13,7 @@ _NAME = "broker"
 
 
 def is_celery(app: object) -> bool:
-    """Whether an application is a Celery application, whose broker :func:`probe_broker` probes."""
+    """Whether ``app`` is a Celery application. Only then :func:`probe_broker` works."""
     return hasattr(app, "connection_for_read") and hasattr(app, "amqp")
 
 

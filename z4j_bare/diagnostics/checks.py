@@ -63,7 +63,8 @@ def brain_checks(
         probe = _brain_probe(config, settings)
         steps = brain_steps(probe, websocket=websocket)
     except HostConfigurationError as error:
-        # If the tls probe fails because of this setting, too, this step is skipped.
+        # This step reports the setting.
+        # It is skipped if the tls probe has failed because of the same setting.
         steps = [ProbeStep("http", "tls", partial(failed, "http", str(error), _FIX_SETTING))]
     try:
         yield from _run_steps([*_network_steps(config, settings), *steps])
@@ -91,8 +92,8 @@ def run_all(config: Config) -> list[ProbeResult]:
 def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
     """Upgrade to WebSocket with the agent's token and exchange one message.
 
-    In this exchange the brain stores nothing and sends no command. The result's ``details`` contain
-    the booleans ``remote_connection_verified`` and ``remote_authentication_verified``.
+    During the exchange the brain stores nothing and sends no command. The result's ``details``
+    contain the booleans ``remote_connection_verified`` and ``remote_authentication_verified``.
 
     :param config: settings shared with z4j's other packages; the agent's own settings are read
         from the environment.
@@ -116,7 +117,7 @@ def probe_websocket(config: Config, timeout: float = 5.0) -> ProbeResult:
 def _digest(config: Config, settings: Settings) -> str | None:
     try:
         return key_digest(read_key(config, settings))
-    except HostConfigurationError:  # the probes of the brain report it
+    except HostConfigurationError:  # the probes of the brain report the error
         return None
 
 

@@ -25,7 +25,7 @@ from z4j_bare.errors import HostConfigurationError, LocalStorageError
 from z4j_bare.home import replacement
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
-#: Start of the local version label, which every release of this package has in its version.
+#: Start of the local version label. The version of every release of this package contains it.
 VERSION_LABEL = "+green."
 
 #: Task queues for which z4j has adapters.
@@ -172,9 +172,9 @@ def _is_usable(directory: Path) -> bool:
 def probe_existing_buffers(
     buffer_path: str | os.PathLike[str], digest: str | None
 ) -> ProbeResult | None:
-    """Check for events that the existing agent has left in its buffers.
+    """Search for events in the buffers of the existing agent.
 
-    Returns ``None`` if there is no such event.
+    Returns ``None`` if the buffers contain no events.
 
     :param buffer_path: path of the buffer. The probe uses only the directory of the path.
     :param digest: the digest of the project's key; ``None`` if the key is not known.

@@ -99,7 +99,7 @@ def _parse_proxy(proxy: str | None) -> SplitResult | None:
 
 
 def probe_dns(brain_url: str, timeout: float = 5.0) -> ProbeResult:
-    """Resolve the host name of the brain, or of the proxy.
+    """Resolve the host name of the proxy, or of the brain if there is no proxy.
 
     :param timeout: maximum seconds until the answer.
     """
@@ -133,7 +133,7 @@ def _resolve(host: str, answers: list[list[str] | Exception]) -> None:
 
 
 def probe_tcp(brain_url: str, timeout: float = 5.0) -> ProbeResult:
-    """Connect to the port of the brain, or of the proxy.
+    """Connect to the port of the proxy, or of the brain if there is no proxy.
 
     :param timeout: maximum seconds until the connection is established.
     """

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: The clock probe warns if the clocks of host and brain differ by more than this number of seconds.
 #: The probe fails if they differ by more than ``close_codes.MAX_CLOCK_SKEW``, because the brain
-#: rejects signatures from 60 s.
+#: rejects signatures if the difference is 60 s or more.
 SKEW_WARNING = 5.0
 
 #: A message that is not a ``hello``.
@@ -58,10 +58,10 @@ class ProbeStep(NamedTuple):
 class BrainProbe:
     """Probes one brain. Call the probes in the order of :func:`brain_steps`, then ``close``.
 
-    No probe sends a ``hello``, which would overwrite the agent's engines in the brain and claim its
-    pending commands. The token probe sends a long-poll request that claims no command. The
-    WebSocket probe sends an invalid message, which the brain rejects after the check of the token
-    (``docs/protocol.md``, Hello and Long-poll).
+    No probe sends a ``hello``, because a ``hello`` overwrites the agent's engines in the brain and
+    claims the agent's pending commands. The token probe sends a long-poll request that claims no
+    command. The WebSocket probe sends an invalid message, which the brain rejects after the check
+    of the token (``docs/protocol.md``, Hello and Long-poll).
 
     Raises ``HostConfigurationError`` if a setting is invalid.
 
@@ -278,7 +278,7 @@ def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]
 
 
 def unsent_hello() -> bytes:
-    """Return a ``hello`` of which the long-poll transport sends only parts, as HTTP headers."""
+    """Return a ``hello`` for the long-poll transport, which sends parts of it as HTTP headers."""
     identity = frames.Identity(
         framework="bare",
         agent_version="",

@@ -10,7 +10,7 @@ OK, WARN, SKIP, FAIL = "OK", "WARN", "SKIP", "FAIL"
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """The result of a probe, which is one line in the report of ``z4j-bare doctor``.
+    """The result of a probe. Each result is one line in the report of ``z4j-bare doctor``.
 
     :param ok: false if the probe failed; true if the probe passed, warned or was skipped.
     :param message: verdict, cause and fix; begins with ``OK:``, ``WARN:``, ``SKIP:`` or ``FAIL:``.
