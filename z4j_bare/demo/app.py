@@ -51,7 +51,7 @@ app.Task = LoggedTask
 
 @app.task(name="demo.plain")
 def plain(number: int) -> str:
-    """Sleep for 10 ms, as if for I/O. Return text that says whether a running loop is visible."""
+    """Sleep for 10 ms, as if for I/O. Return whether a running event loop is visible, as text."""
     time.sleep(IO_SECONDS)
     try:
         asyncio.get_running_loop()
@@ -79,7 +79,7 @@ def retrying(self: Task) -> int:
 def fails_once(mark: str) -> str:
     """Succeed if the file ``mark`` exists; otherwise create the file and fail.
 
-    Therefore the first run fails, and an operator's retry succeeds.
+    So the first run fails, and the run after an operator's retry succeeds.
     """
     try:
         Path(mark).touch(exist_ok=False)

@@ -21,7 +21,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]  # kombu has no types
     """
 
     def _put(self, queue: str, payload: Any, **_: Any) -> None:
-        # The reader sorts by name and expects "<name without a dot>.<queue>.msg".
+        # The reader sorts the files by name, and expects "<name without a dot>.<queue>.msg".
         name = f"{time.monotonic_ns() // 1_000_000:015d}_{uuid.uuid4()}"
         path = os.path.join(self.data_folder_out, name)  # noqa: PTH118 - kombu options are strings
         with open(path, "w", encoding="utf-8") as file:  # noqa: PTH123

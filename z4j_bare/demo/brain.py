@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 #: Maximum seconds from the start of the brain's process until the brain is healthy.
 _BOOT_TIMEOUT = 60.0
 
-#: Environment variables with the brain's secrets. The brain generates them for a database in its
-#: own directory. Any other database needs the variables, with the values of the migration.
+#: Environment variables with the brain's secrets.
+#: For a database in its own directory, the brain generates the secrets.
+#: For any other database, the variables must have the values that were set during the migration.
 SECRETS = ("Z4J_SECRET", "Z4J_SESSION_SECRET", "Z4J_AUDIT_CHAIN_SECRET")
 
 #: SQLite's busy timeout in the brain, in seconds.
@@ -48,7 +49,7 @@ def brain_environment(home: Path, database_url: str | None = None) -> dict[str, 
     """Return a clean environment of a brain process.
 
     :param home: the brain's directory, which contains the database by default.
-    :param database_url: another database, which also needs the variables in :data:`SECRETS`.
+    :param database_url: another database. It also needs the variables in :data:`SECRETS`.
     """
     own_database = f"sqlite+aiosqlite:///{home.resolve() / 'z4j.db'}?timeout={_DATABASE_TIMEOUT}"
     return {
@@ -64,14 +65,15 @@ def brain_environment(home: Path, database_url: str | None = None) -> dict[str, 
 class Brain(BrainApi):
     """A brain process, and a REST session as its administrator.
 
-    Use the object as a context manager, or call ``start`` and ``stop``. A brain that was stopped or
-    killed can be started again and then has the same directory and port.
+    Use the object as a context manager, or call ``start`` and ``stop``.
+    A brain that was stopped or killed can be started again, with the same directory and port.
 
     :param home: the brain's directory, created with mode 0700.
-    :param port: the port; by default a port that is unused.
+    :param port: the port; by default an unused port.
     :param environment: additional variables, for example ``Z4J_COMMAND_TIMEOUT_SECONDS``.
-    :param database_url: a database such as ``postgresql+asyncpg://user:password@host/name``, for
-        which ``environment`` must contain :data:`SECRETS`; by default a file in ``home``.
+    :param database_url: a database such as ``postgresql+asyncpg://user:password@host/name``; by
+        default a file in ``home``. For a given database, ``environment`` must contain
+        :data:`SECRETS`.
     """
 
     email = "admin@example.test"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Environment variable that contains the path of the run's directory.
 HOME = "DEMO_HOME"
 
-#: Environment variable that contains the broker's URL, or an empty text for files.
+#: Environment variable with the broker's URL; empty if message files are used.
 BROKER = "DEMO_BROKER"
 
 #: Timeout of the first connection to the broker, in seconds.
@@ -67,7 +67,9 @@ def settings(home: Path, broker: str | None) -> dict[str, Any]:
 
 @contextmanager
 def producer(home: Path, broker: str | None) -> Iterator[Celery]:
-    """Yield a Celery application that sends tasks; then delete the run's data from the broker.
+    """Yield a Celery application that sends tasks.
+
+    At the end, delete the run's data from the broker.
 
     :raises HarnessError: the broker does not answer.
     """
@@ -113,7 +115,7 @@ def _clear(app: Celery, home: Path, broker: str) -> None:
                 for key in client.scan_iter(f"{home.name}:*"):
                     client.delete(key)
     except Exception:
-        pass  # If the broker is unreachable, the run has already reported this.
+        pass  # If the broker is unreachable, the run has already reported that.
 
 
 def _folders(home: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _TASKS = 50
 
 
 class InterruptedBySignal(KeyboardInterrupt):
-    """The process received the signal ``number``, which ends the demo."""
+    """The process received the signal ``number``. The exception ends the demo."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -122,7 +122,7 @@ def _run_in(home: Path, args: argparse.Namespace) -> int:
 
 @contextmanager
 def _broker_url(home: Path, option: str | None) -> Iterator[str | None]:
-    """Yield the broker's URL, or ``None`` for files; run a private server if no broker is given."""
+    """Yield the broker's URL, or ``None`` for files. Without a choice, run a private server."""
     if option:
         yield None if option == FILES else option
     elif find_program() is None or importlib.util.find_spec("redis") is None:
@@ -134,7 +134,7 @@ def _broker_url(home: Path, option: str | None) -> Iterator[str | None]:
 
 @contextmanager
 def _brain(home: Path, args: argparse.Namespace) -> Iterator[Brain]:
-    """Yield a brain that is not started, on the database of the options; then stop it."""
+    """Yield a brain that is not started yet, on the selected database; then stop it."""
     with ExitStack() as stack:
         if args.database:
             database = stack.enter_context(DemoDatabase(args.database, keep=args.keep))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Connection(Protocol):
-    """What this module uses of an asyncpg connection."""
+    """The methods of an asyncpg connection that this module uses."""
 
     async def fetch(self, statement: str) -> Sequence[Sequence[str]]: ...
 
@@ -61,13 +61,13 @@ SELECT format('DROP TYPE IF EXISTS %s CASCADE', oid::regtype) FROM pg_type AS it
 
 
 class DemoDatabase:
-    """An empty database of the user's, which is empty again afterwards.
+    """An empty database of the user. The demo leaves it empty again.
 
-    As a context manager it checks the database first, and drops what the brain has created at the
-    end.
+    At the start of a ``with`` block the database is checked.
+    At the end everything that the brain has created is dropped.
 
     :param url: the address, such as ``postgresql://user:password@host:5432/name``.
-    :param keep: whether the data stays at the end.
+    :param keep: whether to keep the data at the end.
     :raises HarnessError: the database cannot be used. The message names the cause and the fix, but
         no password.
     """

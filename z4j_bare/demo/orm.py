@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def create_model(home: Path) -> Any:
-    """Configure Django with a new database in ``home``; return a model after creating its table."""
+    """Configure Django with a new database in ``home``; return a model with its table."""
     database = {"ENGINE": "django.db.backends.sqlite3", "NAME": str(home / "orm.sqlite3")}
     settings.configure(DATABASES={"default": database}, USE_TZ=True)
     django.setup()

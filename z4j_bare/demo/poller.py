@@ -40,7 +40,7 @@ class BrainPoller:
         self.first_finished: dict[str, float] = {}
 
     def state(self, task_id: str) -> str | None:
-        """Return the task's state in the latest poll, ``None`` if the brain had no row for it."""
+        """Return the task's state in the latest poll; ``None`` if the brain lists no such task."""
         row = self.rows.get(task_id)
         return row["state"] if row else None
 

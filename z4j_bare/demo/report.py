@@ -153,8 +153,7 @@ def _mismatch(sent: Sent, rows: dict[str, Row]) -> Mismatch | None:
 def _slowest_delay(peers: Peers, record: Record) -> tuple[float | None, str | None]:
     """Return the longest time from a task's end to its final state in the brain.
 
-    The second value is the kind of that task. The resolution of the time is the poll interval of
-    0.1 s.
+    The second value is that task's kind. The resolution of the time is the poll interval of 0.1 s.
     """
     delays = [
         (seen - ended, sent.kind)

@@ -26,11 +26,11 @@ _PAGE_SIZE = 500
 #: Timeout of a request, in seconds.
 _TIMEOUT = 30.0
 
-#: HTTP status of the brain's answer to a command for an agent without a session.
+#: HTTP status of the brain's response if a command is issued for an agent without a session.
 _AGENT_OFFLINE = 503
 
-#: A GET that fails without a response is repeated once. The server closes a connection that was
-#: idle for 5 s, possibly while this client sends the next request.
+#: A GET that fails without a response is repeated once. The cause may be that the server closes a
+#: connection after 5 idle seconds, just when this client sends the next request.
 _RETRY = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 
@@ -162,7 +162,7 @@ class BrainApi:
         return self._pages(f"/projects/{project}/tasks", **filters)
 
     def task(self, project: str, engine: str, task_id: str) -> Row | None:
-        """Return one task, ``None`` if the brain has no row for it."""
+        """Return one task; ``None`` if the brain has no row for the task."""
         try:
             return self._row(self.get(f"/projects/{project}/tasks/{engine}/{task_id}"))
         except BrainRefusedError as exc:

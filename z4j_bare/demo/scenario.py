@@ -32,7 +32,7 @@ RETRYING = "automatic retry"
 #: Number of asyncio tasks, and of ORM tasks, that run one at a time.
 SEQUENTIAL_TASKS = 5
 
-#: Number of other tasks: two failing, a retried, a cancelled, and one that a retry command creates.
+#: Number of other tasks: two failing, one retried, one cancelled, one created by a retry command.
 _OTHER_TASKS = 5
 
 #: Countdown, in seconds, of the task that is cancelled before its start.
@@ -60,7 +60,7 @@ class Sent:
 
 @dataclass
 class Record:
-    """The script's own record of the run; none of it comes from the agent."""
+    """The script's own record of the run. It contains no data from the agent."""
 
     sent: list[Sent] = field(default_factory=list)
     warm_up: list[str] = field(default_factory=list)
@@ -154,7 +154,8 @@ class Scenario:
     def _send_sequentially(self, kind: str, name: str) -> None:
         """Run tasks one after another.
 
-        Under greenlets, concurrent tasks of these kinds fail even without an agent.
+        The tasks do not overlap, because concurrent tasks of these kinds fail under greenlets even
+        without an agent.
         """
         self._progress.stage(f"running {kind} tasks one at a time")
         for _ in range(SEQUENTIAL_TASKS):
@@ -186,7 +187,7 @@ class Scenario:
             self._wait_ended([retried.task_id], _TIMEOUT)
 
     def _wait_for_brain(self) -> None:
-        """Wait until the brain shows all tasks as finished. The report lists missing tasks."""
+        """Wait until the brain shows all tasks as finished, or for a limited time."""
         self._progress.stage("waiting for the brain")
         expected = {sent.task_id for sent in self._record.sent}
         self._try_until(

@@ -33,7 +33,7 @@ def path(home: Path) -> Path:
 
 
 def write(home: Path, task_id: str, outcome: str) -> None:
-    """Append one run with a single ``write``, so that lines of several processes do not mix."""
+    """Append one run. A single ``write`` keeps the lines of several processes apart."""
     line = json.dumps({"task_id": task_id, "ended": time.time(), "outcome": outcome}) + "\n"
     descriptor = os.open(path(home), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
@@ -61,7 +61,7 @@ class TaskLog:
         return bool(runs) and runs[-1].outcome != "Retry"
 
     def last_end(self, task_id: str) -> float | None:
-        """Return the POSIX time at which the last run ended, ``None`` if no run has ended."""
+        """Return the POSIX time of the end of the last run; ``None`` if no run has ended."""
         runs = self.runs(task_id)
         return runs[-1].ended if runs else None
 

@@ -24,9 +24,11 @@ _READY_TIMEOUT = 60.0
 
 
 def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -> dict[str, str]:
-    """Return a clean environment plus ``extra``, in which ``python`` imports this ``z4j_bare``.
+    """Return a clean environment plus ``extra``.
 
-    Another interpreter than ``sys.executable`` imports the ``z4j_bare`` of its own environment.
+    In it, ``sys.executable`` imports this ``z4j_bare``.
+
+    Any other ``python`` imports the ``z4j_bare`` of its own environment.
     """
     environment = clean_environment()
     search_path = environment.pop("PYTHONPATH", "")
