@@ -129,7 +129,7 @@ class Agent:
             describe, reconnect, self.engines, metrics, config, settings, backend
         )
         control_server = ControlServer(framework.name, handlers, backend)
-        adopter = AdoptLoop.of_opener(opener, buffer, backend, sender.notify)
+        adopter = AdoptLoop.of_opener(opener, buffer, backend, sender.notify, ring.counts.report)
         self._flush_seconds = settings.flush_seconds
         self._loops = loops = BackgroundLoops(backend, counters)
         loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)

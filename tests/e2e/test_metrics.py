@@ -106,10 +106,11 @@ def ends(counts):
     return {key: value for key, value in counts.items() if key[0] not in ("received", "started")}
 
 
-@pytest.mark.parametrize("pool", ["gevent", "prefork"])
-def test_metrics_summed_over_restart_equal_brain(pool, fresh_project):
+@pytest.mark.parametrize(("pool", "end"), [("gevent", "kill"), ("prefork", "stop")])
+def test_metrics_summed_over_restart_equal_brain(pool, end, fresh_project):
     """After failures, retries and a restart, the sum of both workers' counts is what the brain
-    shows. The ended worker's series stay until the next worker has its name.
+    shows, a run that was killed included. The ended worker's series stay until the next worker has
+    its name.
     """
     project = fresh_project
     worker = project.worker(pool=pool)
@@ -131,7 +132,13 @@ def test_metrics_summed_over_restart_equal_brain(pool, fresh_project):
         if name.endswith("runtime_sum") and labels["name"] == "e2e.add"
     ]
     assert 0.02 * 10 <= sum(runtime) < 60
-    worker.stop()
+    if end == "kill":
+        project.row(project.send("wait", 60), "started")
+        until(lambda: totals(scrape(project))["started", "e2e.wait"] == 1, "the start", timeout=15)
+        total = totals(scrape(project))
+        worker.kill()
+    else:
+        worker.stop()
     words, environment = command(project)
     gone = subprocess.run(words, capture_output=True, env=environment, timeout=30, check=False)
     assert gone.returncode == 1

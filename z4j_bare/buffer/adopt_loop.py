@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from z4j_bare.buffer.errors import BUSY, CORRUPT, classify
 from z4j_bare.buffer.existing_agent import (
@@ -17,6 +18,7 @@ from z4j_bare.buffer.existing_agent import (
 )
 from z4j_bare.buffer.open_runs import OrphanRuns, orphaned_runs
 from z4j_bare.buffer.recovery import DONE, MOVED, Orphan, orphans
+from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.errors import LocalStorageError
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ MAX_RETRIES = 20
 RETRY_DELAY = 30.0
 
 
+#: Counts an event: its engine, kind and fields.
+CountEvent = Callable[[str, str, dict[str, Any]], object]
+
+
 class AdoptLoop:
     """Moves the rows of dead processes into this process's store, one file at a time.
 
@@ -55,6 +61,7 @@ class AdoptLoop:
     :param on_stored: notifies the sender; called after each step that may have moved rows.
     :param claim_runs: locks the ``.runs`` file at a path; runs on the native thread.
     :param claim_existing: claims the existing agent's buffer at a path; runs on the native thread.
+    :param on_reported: called with each event that reports a run of a dead process.
     """
 
     def __init__(
@@ -66,7 +73,9 @@ class AdoptLoop:
         on_stored: Callable[[], None],
         claim_runs: Callable[[Path], OrphanRuns] | None = None,
         claim_existing: Callable[[Path], ExistingBuffer] | None = None,
+        on_reported: CountEvent | None = None,
     ) -> None:
+        self._on_reported = on_reported
         self._buffer_path = buffer_path
         self._claim = claim
         self._buffer = buffer
@@ -83,6 +92,7 @@ class AdoptLoop:
         buffer: BufferManager,
         backend: BaseConcurrency,
         on_stored: Callable[[], None],
+        on_reported: CountEvent | None = None,
     ) -> AdoptLoop:
         """Return the loop that adopts the stores that ``opener`` can claim."""
         return cls(
@@ -93,6 +103,7 @@ class AdoptLoop:
             on_stored,
             opener.claim_runs,
             opener.claim_existing,
+            on_reported,
         )
 
     def run(self, stop_event: IEvent) -> None:
@@ -175,6 +186,7 @@ class AdoptLoop:
             reported = not events or self._buffer.run_on_disk(partial(_append, events)) is not None
             if events and reported:
                 self._on_stored()
+                self._count(events)
                 logger.info(
                     "z4j: reported the runs in %s, which were open when their process ended "
                     "(%d events)",
@@ -186,6 +198,16 @@ class AdoptLoop:
         finally:
             if not self._backend.forked():
                 self._backend.offload(partial(runs.release, delete=reported))
+
+    def _count(self, events: list[bytes]) -> None:
+        """Count the events of a dead process's runs, because that process could not."""
+        if self._on_reported is None:
+            return
+        ok, parsed = self._backend.offload(lambda: [json.loads(event) for event in events])
+        checkpoint = TimeSlice(self._backend).checkpoint
+        for event in parsed if ok else ():
+            self._on_reported(event["engine"], event["kind"], event["data"])
+            checkpoint()
 
     def _adopt(self, orphan: Orphan | ExistingBuffer, stop_event: IEvent) -> None:
         failures = 0

@@ -149,7 +149,7 @@ class TaskCell:
 class TaskCounts:
     """The counts of all tasks since the agent started.
 
-    Only the flush loop changes the counts.
+    Only the flush loop changes the counts, except those of :meth:`report`.
     """
 
     def __init__(self) -> None:
@@ -158,6 +158,8 @@ class TaskCounts:
         #: The last failures, oldest first, without arguments and texts.
         self.failures: deque[TaskFailure] = deque(maxlen=MAX_FAILURES)
         self._cells: dict[Key, TaskCell] = {}
+        #: The events of dead processes. These cells are apart, because another thread counts them.
+        self._reported: dict[Key, TaskCell] = {}
         self._names: set[str] = set()
         self._queues: set[str] = set()
         self._workers: set[str] = set()
@@ -185,25 +187,38 @@ class TaskCounts:
                 cell.add_runtime(runtime / 1000)
         return encode_model(captured)
 
+    def report(self, engine: str, kind: str, data: Mapping[str, Any]) -> None:
+        """Count an event that reports a run of a dead process, as an event of this process."""
+        key = self._key(engine, None, str(data.get("task_name") or "unknown"), _text(data, "queue"))
+        if key not in self._reported and len(self._reported) >= MAX_CELLS:
+            key = (engine, None, OTHER, OTHER)
+        self._reported.setdefault(key, TaskCell(key, self.failures)).add(kind, data)
+
     def number_of_names(self) -> int:
         """Return the number of task names, which is at most :data:`MAX_NAMES`."""
         return len(self._names)
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the counts of all cells as plain JSON types."""
-        for cell in list(self._cells.values()):
+        """Iterate over the counts of all cells as plain JSON types.
+
+        Two rows may have the same labels; their sum counts.
+        """
+        for cell in (*self._cells.values(), *self._reported.values()):
             yield cell.describe()
 
     def _add(self, engine: str, worker: str | None, name: str, queue: str | None) -> TaskCell:
-        key = (
+        key = self._key(engine, worker, name, queue)
+        if key not in self._cells and len(self._cells) >= MAX_CELLS:
+            key = (engine, OTHER if worker else None, OTHER, OTHER)
+        return self._cells.setdefault(key, TaskCell(key, self.failures))
+
+    def _key(self, engine: str, worker: str | None, name: str, queue: str | None) -> Key:
+        return (
             engine,
             None if worker is None else _limit(self._workers, fit_name(worker), MAX_WORKERS),
             _limit(self._names, fit_name(name, MAX_TASK_NAME_CHARS), MAX_NAMES),
             None if queue is None else _limit(self._queues, fit_name(queue), MAX_QUEUES),
         )
-        if key not in self._cells and len(self._cells) >= MAX_CELLS:
-            key = (engine, OTHER if worker else None, OTHER, OTHER)
-        return self._cells.setdefault(key, TaskCell(key, self.failures))
 
 
 def _limit(known: set[str], name: str, limit: int) -> str:

@@ -265,10 +265,8 @@ def families_of(snapshots: Sequence[Snapshot]) -> list[Family]:
     families, workers = Families(), Workers(snapshots)
     for snapshot in snapshots:
         _add_agent(families, snapshot, workers)
-        for row in snapshot.answer["tasks"]:
-            label = workers.label(snapshot, row["engine"], row["worker"])
-            if label is not None:
-                _add_task(families, snapshot, row, label)
+        for row, label in _sum_by_label(snapshot, workers):
+            _add_task(families, snapshot, row, label)
         for engine in snapshot.answer["engines"]:
             _add_workers(families, snapshot, engine, workers)
     _add_queues(families, [each for each in snapshots if each.state != GONE])
@@ -276,6 +274,30 @@ def families_of(snapshots: Sequence[Snapshot]) -> list[Family]:
 
 
 _ORDER = {name: number for number, name in enumerate(FAMILIES)}
+
+
+def _sum_by_label(snapshot: Snapshot, workers: Workers) -> Iterator[tuple[Answer, str]]:
+    """Yield the rows of the tasks with the label of their worker; add rows of equal labels."""
+    found: dict[tuple[str, str, str, str | None], Answer] = {}
+    for row in snapshot.answer["tasks"]:
+        label = workers.label(snapshot, row["engine"], row["worker"])
+        if label is not None:
+            key = (row["engine"], label, row["name"], row["queue"])
+            found[key] = _add_rows(found[key], row) if key in found else row
+    for (_, label, _, _), row in found.items():
+        yield row, label
+
+
+def _add_rows(first: Answer, second: Answer) -> Answer:
+    row = dict(first)
+    for key, value in second.items():
+        if isinstance(value, dict):
+            row[key] = Counter(first[key]) + Counter(value)
+        elif isinstance(value, list):
+            row[key] = [one + other for one, other in zip(first[key], value, strict=True)]
+        elif isinstance(value, int | float):
+            row[key] = first[key] + value
+    return row
 
 
 def _add_task(families: Families, snapshot: Snapshot, row: Answer, worker: str) -> None:

@@ -178,7 +178,7 @@ def test_two_reports_of_a_run_are_equal(killed):
 
 def test_runs_are_reported_after_all_rows_have_moved(killed, home, backend, until):
     """The rows of the dead process come first, and the files are deleted in the end."""
-    opened = []
+    opened, counted = [], []
 
     def open_store():
         opened.append(BufferStore(new_store_path(home), deployment="p"))
@@ -194,6 +194,7 @@ def test_runs_are_reported_after_all_rows_have_moved(killed, home, backend, unti
         backend,
         lambda: None,
         lambda path: OrphanRuns(path, "p"),
+        on_reported=lambda engine, kind, data: counted.append((engine, kind, data["task_name"])),
     )
     task = backend.spawn(loop.run, stop_event, name="z4j-adopt")
     until(lambda: not runs_path(killed).exists())
@@ -204,6 +205,9 @@ def test_runs_are_reported_after_all_rows_have_moved(killed, home, backend, unti
     assert payloads[0] == {}
     assert [event["task_id"] for event in payloads[1:3]] == ["early", "late"]
     assert len(payloads) == 8
+    assert counted == [
+        (each["engine"], each["kind"], each["data"]["task_name"]) for each in payloads[1:]
+    ]
     buffer.close()
     assert sorted(path.name for path in home.parent.iterdir() if killed.name in path.name) == []
 

@@ -234,6 +234,17 @@ def test_combinations_beyond_limit_are_counted_as_other(counts, monkeypatch):
     assert rows[-1]["name"] == rows[-1]["queue"] == OTHER
 
 
+def test_runs_of_dead_process_are_counted_apart(counts):
+    """A run that this agent reports for a dead process has a row without a worker."""
+    counts.cell("celery", "w", "shop.pay", "q").add("task.started", {})
+    data = {"task_name": "shop.pay", "queue": "q", "worker": "w", "exception": "WorkerLostError"}
+    counts.report("celery", "task.failed", data)
+    own, reported = counts.iter_rows()
+    assert (own["worker"], numbers(own)) == ("w", {"started": 1})
+    assert (reported["worker"], numbers(reported)) == (None, {"failed": {"WorkerLostError": 1}})
+    assert (reported["name"], reported["queue"]) == ("shop.pay", "q")
+
+
 def test_exception_classes_beyond_limit_are_counted_as_other(counts, monkeypatch):
     """Further exception classes share one count."""
     monkeypatch.setattr(task_counts, "MAX_EXCEPTIONS", 2)

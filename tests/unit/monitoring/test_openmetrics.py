@@ -147,6 +147,17 @@ def test_eager_tasks_have_name_of_process():
     assert "celery_worker_up" not in found
 
 
+def test_runs_of_killed_worker_are_added_to_reporting_worker():
+    """What an agent reports for a dead process is added to the counts of its own worker."""
+    own = task(started=5, failed={"KeyError": 1}, runtimes={0.5: 2}, runtime_seconds=0.8)
+    reported = task(worker=None, started=1, failed={"KeyError": 1, "WorkerLostError": 2})
+    found = parse(Snapshot(answer(tasks=[own, reported]), LIVE))
+    assert by_worker(found["celery_task_started_total"]) == {"celery@web-1": 6}
+    failed = {labels["exception"]: value for labels, value in found["celery_task_failed_total"]}
+    assert failed == {"": 0, "KeyError": 2, "WorkerLostError": 2}
+    assert found["celery_task_runtime_count"][0][1] == 2
+
+
 def test_losses_are_shown_by_reason_and_from_zero():
     """Each reason has a series, the common ones before the first loss."""
     found = parse(Snapshot(answer(lost={"ring": 3, "capacity": 1}), LIVE))
