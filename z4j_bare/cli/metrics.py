@@ -133,7 +133,7 @@ class Memory:
     def families(
         self, answers: Sequence[Answer], now: float, adapter: str | None = None
     ) -> list[Family]:
-        """Return the metrics of agents that have answered, and of those that are remembered.
+        """Return the metrics of agents that have answered, and of remembered agents.
 
         :param answers: the answers of all agents.
         :param now: seconds since the epoch.

@@ -20,7 +20,7 @@ logger = logging.getLogger("z4j.runtime.monitoring.duplicate_agents")
 CHECK_DELAYS = (5.0, 55.0)
 
 #: Seconds to wait for the answer of another agent.
-#: The timeout is short, because the native thread that waits is the one that the store uses.
+#: The timeout is short, because the wait blocks the native thread that the store uses.
 REQUEST_TIMEOUT = 0.2
 
 

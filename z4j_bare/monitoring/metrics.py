@@ -94,7 +94,7 @@ class AgentMetrics:
         self._counters = counters
         self._buffer = buffer
         self._backend = backend
-        #: The lag of the hub, which ``z4j-bare hub`` and ``metrics`` show, too.
+        #: The lag of the hub. ``z4j-bare hub`` and ``z4j-bare metrics`` also show it.
         self.hub_lag = hub_lag
         self._runtime_id = f"{os.getpid()}-{int(started * 1000)}"
         self._health = health

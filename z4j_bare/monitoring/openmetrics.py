@@ -1,7 +1,7 @@
-"""Turns the agents' answers to ``metrics`` into metric families, and these into OpenMetrics text.
+"""Turns answers to the request ``metrics`` into metric families and into OpenMetrics text.
 
-Names and labels are those of celery-exporter where the meaning is the same. The text has no type
-that the older Prometheus text format lacks, because node_exporter reads that format.
+A metric with an equivalent in celery-exporter has its name and labels.
+Only types of the older Prometheus text format are used, because node_exporter reads that format.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _GAUGES = {
     "buffer_durable": "z4j_agent_buffer_durable",
 }
 
-#: Reasons of losses that are shown even if nothing was lost, so that an alert has a series.
+#: Loss reasons that are shown even without a loss, because an alert needs an existing series.
 _LOSS_REASONS = ("ring", "channel", "unencodable", "uncaptured")
 
 Labels = dict[str, str]
@@ -118,7 +118,7 @@ class Snapshot(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of an agent whose process is no worker."""
+        """The name of an agent whose process is not a worker."""
         return f"{self.answer['adapter']}@{self.answer['host']}-{self.answer['pid']}"
 
     @property
@@ -212,9 +212,9 @@ class Families(dict[str, Family]):
 class Workers:
     """Decides which agent reports a worker, so that no task is counted twice.
 
-    A worker's own agent precedes agents that read its events from the broker. Of two running
-    processes with the same worker name, the one that started last has the plain name, and the label
-    of the other contains its pid. An ended process is shown until another one has its name.
+    A worker's own agent precedes agents that read its events from the broker. If two running
+    processes have one worker name, the younger process gets the plain name, and the label of the
+    older process contains its pid. An ended process is shown until another process has its name.
     """
 
     def __init__(self, snapshots: Iterable[Snapshot]) -> None:
@@ -230,7 +230,7 @@ class Workers:
     def label(self, snapshot: Snapshot, engine: str, worker: str | None) -> str | None:
         """Return the label of a worker; ``None`` if another agent reports the worker.
 
-        :param worker: ``None`` for the tasks of a process that is no worker.
+        :param worker: ``None`` for the tasks of a process that is not a worker.
         """
         if worker is None:
             worker = own_worker(snapshot, engine)
@@ -252,7 +252,7 @@ class Workers:
 
 
 def own_worker(snapshot: Snapshot, engine: str) -> str | None:
-    """Return the worker that the agent's process is; ``None`` if it is none of this engine."""
+    """Return the name of the agent's own worker of this engine; ``None`` if it has none."""
     for each in snapshot.answer["engines"]:
         if each["engine"] == engine:
             worker: str | None = each["worker"]
@@ -315,7 +315,7 @@ def _add_task(families: Families, snapshot: Snapshot, row: Answer, worker: str) 
     labels = labels if celery else with_engine
     for kind in _TASK_COUNTERS:
         families.counter(f"{prefix}_{kind}", labels, row[kind], created)
-    # celery-exporter also shows a zero without a class, so that the first failure is an increase.
+    # Like celery-exporter, show a zero without a class, so that the first failure is an increase.
     for exception, number in {"": 0, **row["failed"]}.items():
         families.counter(f"{prefix}_failed", {**labels, "exception": exception}, number, created)
     families.histogram(
@@ -378,7 +378,7 @@ def _add_queues(families: Families, snapshots: Iterable[Snapshot]) -> None:
 def _queue_lengths(snapshots: Iterable[Snapshot]) -> dict[tuple[str, str, str], int]:
     """Return the depth of each queue by project, engine and name.
 
-    The agents measure a queue at different times. The largest depth counts.
+    Agents measure a queue at different times. The largest depth is used.
     """
     lengths: dict[tuple[str, str, str], int] = {}
     for snapshot in snapshots:
@@ -438,7 +438,7 @@ def silent_agent(adapter: str, pid: int) -> Labels:
 
 
 def _host_part(worker: str) -> str:
-    """Return the label ``hostname``: what follows the first ``@``, as in celery-exporter."""
+    """Return the label ``hostname``: the text after the first ``@``, as in celery-exporter."""
     return worker.partition("@")[2] or worker
 
 
@@ -462,5 +462,5 @@ def _escape(value: str) -> str:
 
 
 def valid_text(value: str) -> str:
-    """Return a label's value with each lone surrogate replaced, which UTF-8 cannot contain."""
+    """Return a label's value without lone surrogates, because UTF-8 cannot contain them."""
     return value.encode(errors="replace").decode()

@@ -19,7 +19,7 @@ MAX_LINES = 500
 #: Maximum characters of a line, without its frames.
 MAX_CHARS = 1_000
 
-#: Maximum number of an exception's frames that are kept. The innermost frames are kept.
+#: Maximum number of frames of an exception that are kept, counted from the innermost.
 MAX_FRAMES = 10
 
 

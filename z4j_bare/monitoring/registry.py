@@ -62,7 +62,7 @@ class RegistryLoop:
         self._timeslice = TimeSlice(backend)
         self._wakeup = backend.event()
         self._stale = True
-        # The task definitions that were found, and the task definitions that were sent.
+        # The task definitions found by the last discovery, and those that were sent.
         # Both contain canonical JSON by engine and by the name of the task.
         self._found: dict[str, dict[str, bytes]] = {}
         self._sent: dict[str, dict[str, bytes]] = {}

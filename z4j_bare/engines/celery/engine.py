@@ -89,8 +89,8 @@ class CeleryEngine(Engine):
     ) -> Iterator[TaskDefinition] | None:
         """Discover tasks as the adapter does, but in small steps.
 
-        The adapter's ``discover_tasks`` blocks for 6 ms with 300 tasks, and for 50 ms with twenty
-        apps. Returns ``None`` if a subclass of the adapter overrides ``discover_tasks``.
+        The adapter's ``discover_tasks`` blocks for 6 ms for 300 tasks, and 50 ms for the files of
+        twenty apps. Returns ``None`` if a subclass of the adapter overrides ``discover_tasks``.
         """
         method = getattr(type(self.adapter), "discover_tasks", None)
         if not getattr(method, "__module__", "").startswith("z4j_celery."):

@@ -187,7 +187,8 @@ class EventReceiver:
                 raise
             return False
         if self._messages == before:
-            # The transport may return without a message many times in a row, and block the hub.
+            # The transport may return many times in a row without a message, which would block the
+            # hub.
             self._backend.sleep(SLICE_SECONDS)
         return True
 

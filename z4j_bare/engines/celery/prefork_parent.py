@@ -54,7 +54,7 @@ logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
 #: A wake-up of the parent costs more than reading ten messages.
 GATHER_SECONDS = 0.1
 
-#: Maximum seconds of one wait for a message, while a child runs a task and otherwise.
+#: Maximum seconds of one wait for a message: while a child runs a task, and while none does.
 BUSY_WAIT = 1.0
 IDLE_WAIT = 30.0
 
@@ -120,7 +120,7 @@ class ParentArrivals(SignalHandlers):
 
     A task's first arrival precedes all other events of the task, so its record goes directly to the
     ring. The record of a later arrival goes to :class:`OrderedNotes`, because the children's
-    messages before it have to be handled first.
+    earlier messages must be handled first.
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")

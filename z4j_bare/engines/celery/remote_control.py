@@ -98,8 +98,8 @@ class RemoteControl:
     ) -> dict[str, Any]:
         """Send a control command and return the replies by node name.
 
-        With ``to``, the command goes to one worker, and its reply ends the wait. Otherwise the wait
-        ends after ``timeout`` seconds without a reply.
+        With ``to``, the command goes to one worker, and the worker's reply ends the wait.
+        Without ``to``, the wait ends after ``timeout`` seconds without a reply.
 
         :raises CommandError: if the broker fails.
         """

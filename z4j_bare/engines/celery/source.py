@@ -153,7 +153,7 @@ class CelerySource(EventSource):
         """Return ``name[id]`` of the task whose greenlet runs now; empty if no task runs."""
         try:
             states = list(self._task_states().items()) if self._children is None else ()
-        except RuntimeError:  # the hub has added a task meanwhile
+        except RuntimeError:  # the hub has just added a task
             return ""
         for task_id, task_state in states:
             # A started greenlet that has not ended has no frame only while it is the current
