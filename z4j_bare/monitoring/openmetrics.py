@@ -462,5 +462,5 @@ def _escape(value: str) -> str:
 
 
 def valid_text(value: str) -> str:
-    """Return a label's value without lone surrogates, because UTF-8 cannot contain them."""
+    """Return a label's value with lone surrogates replaced, because UTF-8 cannot contain them."""
     return value.encode(errors="replace").decode()
