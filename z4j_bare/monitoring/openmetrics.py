@@ -106,6 +106,9 @@ _GAUGES = {
 #: Loss reasons that are shown even without a loss, because an alert needs an existing series.
 _LOSS_REASONS = ("ring", "channel", "unencodable", "uncaptured")
 
+#: Text after the worker's name in the label of a second process with this name.
+_PID = " (pid "
+
 Labels = dict[str, str]
 Answer = Mapping[str, Any]
 
@@ -239,7 +242,7 @@ class Workers:
         if self._best[snapshot.project, engine, worker][1] is snapshot:
             return worker
         if snapshot.state != GONE and own_worker(snapshot, engine) == worker:
-            return f"{worker} (pid {snapshot.answer['pid']} on {snapshot.answer['host']})"
+            return f"{worker}{_PID}{snapshot.answer['pid']} on {snapshot.answer['host']})"
         return None
 
     def _claim(self, snapshot: Snapshot, engine: str, worker: str) -> None:
@@ -306,7 +309,7 @@ def _add_task(families: Families, snapshot: Snapshot, row: Answer, worker: str) 
     labels = {
         "name": row["name"],
         "queue_name": row["queue"] or "",
-        "hostname": _host_part(worker),
+        "hostname": _hostname(snapshot, worker),
         "worker": worker,
         "project": snapshot.project,
     }
@@ -346,7 +349,7 @@ def _add_workers(families: Families, snapshot: Snapshot, engine: Answer, workers
         if label is None or (gone and worker != own):
             continue
         labels = {
-            "hostname": _host_part(label),
+            "hostname": _hostname(snapshot, label),
             "worker": label,
             "project": snapshot.project,
         }
@@ -396,7 +399,7 @@ def _add_agent(families: Families, snapshot: Snapshot, workers: Workers) -> None
     status, created = answer["status"], answer["created"]
     labels = {
         "adapter": answer["adapter"],
-        "hostname": _host_part(label),
+        "hostname": _hostname(snapshot, label),
         "worker": label,
         "project": snapshot.project,
     }
@@ -437,8 +440,11 @@ def silent_agent(adapter: str, pid: int) -> Labels:
     return {"adapter": adapter, "hostname": "", "worker": f"{adapter}-{pid}", "project": ""}
 
 
-def _host_part(worker: str) -> str:
+def _hostname(snapshot: Snapshot, label: str) -> str:
     """Return the label ``hostname``: the text after the first ``@``, as in celery-exporter."""
+    if label == snapshot.name:
+        return str(snapshot.answer["host"])
+    worker = label.partition(_PID)[0]
     return worker.partition("@")[2] or worker
 
 

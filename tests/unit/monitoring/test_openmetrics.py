@@ -110,6 +110,7 @@ def test_two_running_workers_with_one_name_are_told_apart():
         "celery@web-1 (pid 1 on web-1)": 100,
     }
     assert len(found["celery_worker_up"]) == 2
+    assert {labels["hostname"] for labels, _ in found["celery_worker_up"]} == {"web-1"}
 
 
 def test_projects_of_one_host_are_told_apart():
@@ -144,6 +145,8 @@ def test_eager_tasks_have_name_of_process():
     web = answer(adapter="django", pid=3, worker=None, tasks=[task(worker=None, started=1)])
     found = parse(Snapshot(web, LIVE))
     assert by_worker(found["celery_task_started_total"]) == {"django@web-1-3": 1}
+    assert found["celery_task_started_total"][0][0]["hostname"] == "web-1"
+    assert found["z4j_agent_up"][0][0]["hostname"] == "web-1"
     assert "celery_worker_up" not in found
 
 
