@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from z4j_bare.demo.process import clean_environment, until
+from z4j_bare.demo.process import HarnessError, clean_environment, until
 
 POOLS = ("threads", "gevent", "eventlet", "prefork")
 
@@ -46,6 +46,15 @@ def start_and_kill(project, pool):
     return kill(worker), early, late, sudden, done
 
 
+def start_next(project, pool):
+    """Start the next worker. Redis delivers the message of a late acknowledged task to it again.
+
+    In a green pool only a poll without an event makes Redis do so. Mingling makes such a poll.
+    """
+    timeout = {"VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT)}
+    project.worker("killable", pool=pool, name="w2@e2e", environment=timeout, mingle=True)
+
+
 def finished_at(row):
     return datetime.fromisoformat(row["finished_at"]).replace(tzinfo=UTC)
 
@@ -59,8 +68,7 @@ def test_next_worker_reports_runs_of_killed_worker(pool, fresh_project):
     killed_at, early, late, sudden, done = start_and_kill(project, pool)
     (project.home / "late.end").touch()
     time.sleep(1)  # a report with the time of the next agent would be later than the death
-    timeout = {"VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT)}
-    project.worker("killable", pool=pool, name="w2@e2e", environment=timeout)
+    start_next(project, pool)
     for task_id in (early, sudden):
         row = project.row(task_id, "failure")
         assert (row["name"], row["exception"]) == ("e2e.holds", "WorkerLostError")
@@ -90,8 +98,8 @@ def test_next_worker_reports_runs_of_killed_worker(pool, fresh_project):
 
 @pytest.mark.parametrize("pool", ["prefork", "gevent"])
 def test_next_worker_reports_runs_of_stopped_worker(pool, fresh_project):
-    """After SIGQUIT, prefork reports an early acknowledged task as retry, as Celery does. The next
-    worker reports the other runs like those of a killed worker.
+    """After SIGQUIT, a task that Celery calls retried is shown so. The next worker reports the
+    other runs like those of a killed worker.
     """
     project = fresh_project
     worker = project.worker("killable", pool=pool, name="w1@e2e", concurrency=4)
@@ -99,25 +107,28 @@ def test_next_worker_reports_runs_of_stopped_worker(pool, fresh_project):
     for task_id in (early, late):
         project.row(task_id, "started")
     os.kill(worker.pid, signal.SIGQUIT)
-    until(lambda: not worker.running, "the worker's end", timeout=30)
+    try:
+        until(lambda: not worker.running, "the worker's end", timeout=10)
+    except HarnessError:
+        assert pool == "gevent", "Celery may wait for a greenlet that it failed to cancel"
+        kill(worker)
     stopped_at = datetime.now(UTC)
-    signalled = pool == "prefork"
-    project.row(early, "retry" if signalled else "started")
-    assert project.producer.AsyncResult(early).state == ("RETRY" if signalled else "PENDING")
     (project.home / "late.end").touch()
-    timeout = {"VISIBILITY_TIMEOUT": str(VISIBILITY_TIMEOUT)}
-    project.worker("killable", pool=pool, name="w2@e2e", environment=timeout)
-    row = project.row(late)
-    if signalled:
-        assert (row["state"], row["worker_name"]) == ("success", "w2@e2e")
-        assert "task.retried" in project.kinds(late)
+    start_next(project, pool)
+    if pool == "prefork" or project.producer.AsyncResult(early).state == "RETRY":
+        project.row(early, "retry")
         assert project.kinds(early) == ["task.received", "task.retried", "task.started"]
-        return
-    # Celery cancels one of the two greenlets, and then acknowledges its message.
-    assert (row["state"], row["exception"]) in (("success", None), ("failure", "WorkerLostError"))
-    row = project.row(early, "failure")
-    assert (row["exception"], row["worker_name"]) == ("WorkerLostError", "w1@e2e")
-    assert finished_at(row) <= stopped_at
+    else:
+        row = project.row(early, "failure")
+        assert (row["exception"], row["worker_name"]) == ("WorkerLostError", "w1@e2e")
+        assert finished_at(row) <= stopped_at
+    row = project.row(late)
+    if row["state"] == "success":
+        assert row["worker_name"] == "w2@e2e"
+        assert "task.retried" in project.kinds(late)
+    else:
+        assert pool == "gevent", "Celery acknowledges the message of a greenlet that it cancels"
+        assert row["exception"] == "WorkerLostError"
 
 
 def test_flush_reports_runs_of_killed_worker(fresh_project):

@@ -66,7 +66,15 @@ class E2EProject:
         return {**variables, **extra}
 
     def worker(
-        self, app="installed", *, pool, name="w@e2e", agent=True, environment=None, **options
+        self,
+        app="installed",
+        *,
+        pool,
+        name="w@e2e",
+        agent=True,
+        environment=None,
+        mingle=False,
+        **options,
     ):
         """Start a worker, wait until it consumes messages, and return it."""
         log = self.home / f"{name}.log"
@@ -74,7 +82,7 @@ class E2EProject:
         worker = Worker(app, pool=pool, log=log, environment=env, name=name, **options)
         # Most workers in production are started by the script.
         worker.command[:3] = [str(Path(sys.executable).with_name("celery"))]
-        if "--without-mingle" not in worker.command:
+        if not mingle and "--without-mingle" not in worker.command:
             worker.command.append("--without-mingle")  # asking other workers takes a second
         # A test that is about a worker's end stops the worker itself. At the end of all other tests
         # a regular stop would only take time.
