@@ -45,7 +45,7 @@ class Replacement:
 _replacement: Replacement | None = None
 _noticed = False
 
-#: The last result, and the values that determined the result: Z4J_HOME, HOME and the user. A
+#: The last result of ``settle_home``, and the values that determined it: Z4J_HOME, HOME and user. A
 #: directory that becomes unusable later is not replaced, because it has the agent's control socket.
 _settled: tuple[_Key, Path] | None = None
 

@@ -467,7 +467,7 @@ class INativeSchedules(Interface):
 
 
 class IBridge(Interface):
-    """Runs the coroutines of adapters. The host never sees a running event loop."""
+    """Runs the coroutines of adapters. Code of the host never finds a running event loop."""
 
     def call(
         function: Callable[..., object], *args: object, timeout: float, **kwargs: object

@@ -172,7 +172,7 @@ class OpenRuns:
             text = task_id.encode()
             length = len(text)
             if length <= MAX_ID_BYTES and description >= 0:
-                # No check comes first, because another thread could take the last slot after it.
+                # ``pop`` without a check: another thread could take the last slot after a check.
                 try:
                     slot = self._free.pop()
                 except IndexError:

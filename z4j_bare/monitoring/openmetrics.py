@@ -79,7 +79,7 @@ FAMILIES = {
     "z4j_agent_task_names": ("gauge", "Task names that are counted apart, at most 1,000."),
 }
 
-#: Counters of a task name, by their key in an agent's answer.
+#: Keys of a task's counters in an agent's answer. Each key is also the end of the metric's name.
 _TASK_COUNTERS = ("received", "started", "succeeded", "retried", "revoked", "rejected")
 
 #: Metrics by their key in an agent's status.
@@ -280,7 +280,10 @@ _ORDER = {name: number for number, name in enumerate(FAMILIES)}
 
 
 def _sum_by_label(snapshot: Snapshot, workers: Workers) -> Iterator[tuple[Answer, str]]:
-    """Yield the rows of the tasks with the label of their worker; add rows of equal labels."""
+    """Yield the rows of the tasks, each with the label of its worker.
+
+    Rows with the same engine, label, task name and queue are summed.
+    """
     found: dict[tuple[str, str, str, str | None], Answer] = {}
     for row in snapshot.answer["tasks"]:
         label = workers.label(snapshot, row["engine"], row["worker"])

@@ -100,7 +100,11 @@ def configured_secrets(config: Config, settings: Settings) -> list[str]:
 
 
 def environment_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
-    """Return the secrets of the environment: by the name of the variable, and passwords of URLs."""
+    """Return the secrets in the environment.
+
+    These are the values of variables whose names suggest a secret, the passwords in URLs, and the
+    contents of ``Z4J_TOKEN_FILE`` and ``Z4J_HMAC_SECRET_FILE``.
+    """
     secrets = []
     for name, value in (os.environ if environment is None else environment).items():
         if _SECRET_NAME.search(name) and not _PATH_NAME.search(name):

@@ -151,10 +151,10 @@ class AgentStatus:
         }
 
     def _turned_away(self) -> bool:
-        """Whether the brain has no session for this agent.
+        """Whether the last session ended because the token has too many sessions.
 
-        A session that has just begun does not count, because the brain accepts a session before it
-        turns the agent away.
+        A new session changes the result only after ``SETTLE_SECONDS``, because the brain accepts a
+        session before it turns the agent away.
         """
         connection = self._supervisor.connection
         age = 0.0 if connection is None else time.time() - connection.connected_at

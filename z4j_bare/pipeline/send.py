@@ -48,8 +48,9 @@ MAX_PRIORITY_ROWS = 50
 #: they were stored, so that a command's result follows the schedule frames that the command caused.
 PRIORITY_KINDS = (PROJECTION, RESULT)
 
-#: After this many skips of one schedule row, an earlier row counts as lost.
-#: Fewer skips do not suffice, because other agents with the same token can cause them.
+#: Maximum number of times that a schedule row is sent while the brain skips its frame.
+#: The brain skips a row that is out of sequence, so after this many times an earlier row counts as
+#: lost. Fewer times do not suffice, because other agents with the same token can cause skips.
 MAX_SKIPS = 6
 
 
@@ -360,8 +361,8 @@ class Sender:
             return self._send_isolated(connection, suspected)
         if room == 0 or full or len(results) == MAX_PRIORITY_ROWS:  # room 0: no event was read
             pacing.maybe_pending = True
-        # A read returns about one row of a schedule stream, so the store may hold further schedule
-        # rows.
+        # Rows of schedules are large, so one read often returns a single row.
+        # The store may hold further schedule rows.
         return any(row.kind == PROJECTION for row in results) or (
             pacing.maybe_pending and self._room() > 0
         )

@@ -349,9 +349,9 @@ class AutoTransport:
     def _confirm_fallback(self, hello: bytes, error: AgentError) -> bytes:
         """Connect over long-poll if only WebSocket fails; return the ``hello_ack``.
 
-        The brain was reachable after the failure ``error``, but it may have been restarting at the
-        failure. Therefore WebSocket is tried once more. The fallback counts only if WebSocket fails
-        again and long-poll works.
+        The brain is reachable now, but it may have been restarting when WebSocket failed with
+        ``error``. Therefore WebSocket is tried once more. The fallback counts only if WebSocket
+        fails again and long-poll works.
         """
         try:
             return self._connect_over_websocket(hello)

@@ -61,8 +61,9 @@ _MAX_PARTS = 0xFFFF
 #: Names of the pipe and of the counters' file in the directory of a named channel.
 _PIPE, _COUNTERS = "pipe", "counters"
 
-#: Maximum number of children, and of kept starts, that the reader remembers. The number exceeds
-#: :data:`LOSS_SLOTS`, so another child has used the slot of a start before the start is forgotten.
+#: Maximum number of children, and of reported starts, that the reader remembers.
+#: A start that is still in its slot must be remembered, or it would be reported twice. There are
+#: :data:`LOSS_SLOTS` slots.
 _MAX_REMEMBERED = 2 * LOSS_SLOTS
 
 #: States of the agent in :class:`SharedCounters`.
