@@ -138,15 +138,24 @@ def test_event_passes_documented_modules(trace, install, peer, until, monkeypatc
         request_dict={},
     )
     signals.task_received.send(sender=None, request=request)
-    batch = until(
-        lambda: next(
-            (f for f in peer.last.of("event_batch") if "parent-to-trace" in str(f.payload)), None
-        )
-    )
+    acked = {}
+
+    def traced_batch():
+        # The agent sends one frame at a time, so an earlier frame must be acknowledged first.
+        for frame in peer.last.of("event_batch"):
+            if "parent-to-trace" in str(frame.payload):
+                return frame
+            if frame.id not in acked:
+                acked[frame.id] = len(frame.payload.events)
+                peer.last.ack(frame)
+        return None
+
+    batch = until(traced_batch)
     until(lambda: runtime.stats()["sent"])  # the sender has entered the frame into the window
     path.markers.add(batch.id)
     peer.last.ack(batch)
-    until(lambda: runtime.stats()["acked"])
+    events = sum(acked.values()) + len(batch.payload.events)
+    until(lambda: runtime.stats()["acked"] == events)
     assert path.modules() == documented("The path of an event")
     assert len(path.modules()) <= 18
 

@@ -134,8 +134,8 @@ class ConsumerWatch:
         On Redis a worker always has a request open, and Redis replies within ``brpop_timeout``.
         kombu 5.7 and later store the time of the request.
         """
-        if self._consumer is None:
-            return False
+        if self._consumer is None or not hasattr(self._consumer, "connection"):
+            return False  # there is no Consumer, or it has not started
         connection = self._consumer.connection
         if connection is None:
             return True
