@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
@@ -216,7 +217,7 @@ class BaseConcurrency:
 
         ``None`` stands for a context that has ended or, with a hub, is running now.
         """
-        frames = sys._current_frames()  # noqa: SLF001
+        frames = current_frames()
 
         def frame_of(context: object) -> FrameType | None:
             return frames.get(context) if isinstance(context, int) else None
@@ -297,6 +298,21 @@ class BaseConcurrency:
                     self.steps.end(start, task.name)
                 task.running_since = None
                 task.mark_ended()
+
+
+def current_frames() -> dict[int, FrameType]:
+    """Return ``sys._current_frames()`` without a garbage collection during the call.
+
+    CPython 3.11 holds a lock of the interpreter during the call. Before the fix of gh-106883, a
+    collection during the call could make the process hang.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()  # noqa: SLF001
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def suspended_frame(context: object) -> FrameType | None:

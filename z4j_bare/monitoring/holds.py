@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from z4j_bare.concurrency.base import current_frames
 from z4j_bare.concurrency.stacks import Position, innermost_user_code, read_stack, text_of
 
 #: The place of a hold in which no sample was taken.
@@ -114,7 +114,7 @@ def take_sample(at: float, thread: int, task: str) -> Sample | None:
 
     :param thread: key of the thread in ``sys._current_frames``.
     """
-    stack = tuple(read_stack(sys._current_frames().get(thread)))  # noqa: SLF001
+    stack = tuple(read_stack(current_frames().get(thread)))
     if not stack or stack[0].module in _IDLE_MODULES:
         return None
     return Sample(at, stack, task)
