@@ -21,6 +21,7 @@ from z4j_core.errors import ConfigError
 from z4j_bare import control
 from z4j_bare.buffer import files, report
 from z4j_bare.cli import buffer, configuration
+from z4j_bare.cli.agents import ANSWER_TIMEOUT
 from z4j_bare.diagnostics.host import installed_versions
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.monitoring.log_report import public_settings
@@ -28,9 +29,6 @@ from z4j_bare.monitoring.scrubber import Scrubber, configured_secrets, environme
 
 #: Version of the bundle's layout.
 SCHEMA = 1
-
-#: Seconds that an agent may need between two parts of an answer.
-ANSWER_TIMEOUT = 10.0
 
 #: The directory in the archive that contains all files.
 DIRECTORY = "z4j-bundle"

@@ -11,8 +11,8 @@ from typing import Any
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
+from z4j_bare.cli.agents import answers_exit_code, no_agent_text, query_selected
 from z4j_bare.cli.output import Output
-from z4j_bare.cli.status import filter_description
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
 EXAMPLES = """\
@@ -30,9 +30,6 @@ COLUMNS = ("total", "longest", "holds", "kind", "task", "place")
 
 #: Maximum number of places in the table. ``--json`` prints all.
 MAX_ROWS = 20
-
-#: Seconds that an agent may need between two parts of its answer.
-ANSWER_TIMEOUT = 10.0
 
 #: Seconds to wait after the end of a profile before its result is read.
 PROFILE_MARGIN = 0.5
@@ -61,17 +58,15 @@ def run(arguments: argparse.Namespace) -> int:
     configuration.open_home(arguments)
     output = Output(json_only=arguments.json)
     if arguments.profile:
-        started = _query(arguments, {"profile": arguments.profile})
+        started = query_selected(control.HUB, {"profile": arguments.profile}, arguments)
         if any(each.get("has_hub") for each in started):
             output.print_line(f"sampling for {arguments.profile:g} s")
             time.sleep(arguments.profile + PROFILE_MARGIN)
-    answers = _query(arguments, {"result": True} if arguments.profile else {})
-    code = 0 if answers and not any("error" in each for each in answers) else 1
+    parameters = {"result": True} if arguments.profile else {}
+    answers = query_selected(control.HUB, parameters, arguments)
+    code = answers_exit_code(answers)
     if not answers:
-        output.print_line(
-            f"no agent{filter_description(arguments)} runs with Z4J_HOME={configuration.home()}: "
-            "run this command with the Z4J_HOME and the user of the workers"
-        )
+        output.print_line(no_agent_text(arguments))
     for answer in answers:
         print_answer(output, answer)
     if arguments.output:
@@ -135,15 +130,6 @@ def row(hold: Mapping[str, Any]) -> list[str]:
         "one holder" if single else "many steps",
         hold["task"] or "",
         hold["place"],
-    ]
-
-
-def _query(arguments: argparse.Namespace, parameters: Mapping[str, object]) -> list[dict[str, Any]]:
-    return [
-        answer
-        for answer in control.query(control.HUB, parameters, ANSWER_TIMEOUT)
-        if arguments.adapter in (None, answer["adapter"])
-        and ("error" in answer or arguments.worker in (None, *workers_of(answer)))
     ]
 
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
+from z4j_bare.cli.agents import answers_exit_code, no_agent_text, no_answer_text
 from z4j_bare.cli.output import Output
-from z4j_bare.cli.status import filter_description
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.monitoring.openmetrics import (
     GONE,
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace this file in one step, instead of printing",
     )
     configuration.add_agents(parser)
-    parser.set_defaults(worker=None)  # for ``filter_description``
+    parser.set_defaults(worker=None)  # for ``no_agent_text``
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     answers = [each for each in everyone if arguments.adapter in (None, each["adapter"])]
     with suppress(OSError):  # if this fails, the next call shows no ended workers
         _replace(path, json.dumps({"schema": SCHEMA, "answers": memory.entries()}))
-    code = 0 if answers and not any("error" in each for each in answers) else 1
+    code = answers_exit_code(answers)
     if arguments.json:
         Output(json_only=True).print_json({"schema": SCHEMA, "ok": code == 0, "agents": answers})
     elif arguments.output:
@@ -227,18 +227,10 @@ def serve(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace, answers: Sequence[Mapping[str, Any]]) -> None:
     """Write to stderr which agents have not answered."""
     if not answers:
-        print(
-            f"no agent{filter_description(arguments)} runs with Z4J_HOME={configuration.home()}: "
-            "run this command with the Z4J_HOME and the user of the workers",
-            file=sys.stderr,
-        )
+        print(no_agent_text(arguments), file=sys.stderr)
     for each in answers:
         if "error" in each:
-            print(
-                f"no answer from the {each['adapter']} agent in process {each['pid']}: "
-                f"{each['error']}",
-                file=sys.stderr,
-            )
+            print(no_answer_text(each), file=sys.stderr)
 
 
 def _identity(answer: Mapping[str, Any]) -> tuple[str, int, float]:

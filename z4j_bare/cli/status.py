@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
+from z4j_bare.cli.agents import add_watch, no_agent_text
 from z4j_bare.cli.output import Output
 from z4j_bare.diagnostics.host import AgentStatus
 from z4j_bare.monitoring.duplicate_agents import workers_of
@@ -57,14 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``status``."""
     configuration.add_agents(parser)
     parser.add_argument("--worker", metavar="NAME", help="only agents that report this worker")
-    parser.add_argument(
-        "--watch",
-        nargs="?",
-        type=refresh_interval,
-        const=1.0,
-        metavar="SECONDS",
-        help="refresh until interrupted (default: every second)",
-    )
+    add_watch(parser)
     parser.add_argument(
         "--quiet", "-q", action="store_true", help="print nothing, for health probes"
     )
@@ -91,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     output.print_json(
         {"ok": exit_code(agents) == 0, "home": str(configuration.home()), "agents": agents}
     )
-    print_agents(output, agents, filter_description(arguments))
+    print_agents(output, agents, arguments)
     return exit_code(agents)
 
 
@@ -144,19 +138,12 @@ def with_rates(
     return list(now)
 
 
-def filter_description(arguments: argparse.Namespace) -> str:
-    """Return the selection as text to print after "agent"; empty if all agents are selected."""
-    adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
-    return adapter + (f" that reports {arguments.worker}" if arguments.worker else "")
-
-
-def print_agents(output: Output, agents: Sequence[AgentStatus], selection: str) -> None:
+def print_agents(
+    output: Output, agents: Sequence[AgentStatus], arguments: argparse.Namespace
+) -> None:
     """Write a table of the agents. If there is no agent, write the usual reason for that."""
     if not agents:
-        output.print_line(
-            f"no agent{selection} runs with Z4J_HOME={configuration.home()}: "
-            "run this command with the Z4J_HOME and the user of the workers"
-        )
+        output.print_line(no_agent_text(arguments))
         return
     output.print_table(COLUMNS, [row(agent) for agent in agents])
 
@@ -199,20 +186,6 @@ def sparkline(values: Sequence[float]) -> str:
 
 def _running_adapters() -> list[str]:
     return sorted({client.adapter for client in control.list_clients()})
-
-
-def refresh_interval(text: str) -> float:
-    """Parse the value of ``--watch``: a number of seconds above 0 and at most an hour."""
-    invalid = argparse.ArgumentTypeError(
-        f"{text!r} is not a number of seconds above 0 and at most 3600"
-    )
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise invalid from None
-    if not 0 < seconds <= 3600:  # noqa: PLR2004 - one hour; also true for NaN
-        raise invalid
-    return seconds
 
 
 def agent_key(agent: AgentStatus) -> tuple[str, int]:

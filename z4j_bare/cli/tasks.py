@@ -11,9 +11,15 @@ from typing import Any
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
+from z4j_bare.cli.agents import (
+    add_watch,
+    answers_exit_code,
+    no_agent_text,
+    no_answer_text,
+    query_selected,
+)
 from z4j_bare.cli.output import Output
-from z4j_bare.cli.status import filter_description, format_duration, refresh_interval
-from z4j_bare.monitoring.duplicate_agents import workers_of
+from z4j_bare.cli.status import format_duration
 
 EXAMPLES = """\
 examples:
@@ -27,9 +33,6 @@ exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 
 """
 
 COLUMNS = ("age", "name", "id", "worker", "pid", "position", "waiting in")
-
-#: Seconds that an agent with thousands of tasks may need between two parts of its answer.
-ANSWER_TIMEOUT = 10.0
 
 #: Text in a prefork child's row in place of a position.
 NO_POSITION = "(in a child process)"
@@ -47,14 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --stack: also show the frames of Celery and of the hub",
     )
-    parser.add_argument(
-        "--watch",
-        nargs="?",
-        type=refresh_interval,
-        const=1.0,
-        metavar="SECONDS",
-        help="refresh until interrupted (default: every second)",
-    )
+    add_watch(parser)
     configuration.add_agents(parser)
 
 
@@ -67,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         with output.live() as redraw:
             while True:
                 answers = query_tasks(arguments)
-                code = 0 if answers and not any("error" in each for each in answers) else 1
+                code = answers_exit_code(answers)
                 if not arguments.watch:
                     break
                 redraw(partial(print_answers, output, answers, arguments))
@@ -87,30 +83,17 @@ def query_tasks(arguments: argparse.Namespace) -> list[Row]:
         "stack": arguments.stack,
         "all_frames": arguments.all_frames,
     }
-    answers = []
-    for answer in control.query(control.TASKS, parameters, ANSWER_TIMEOUT):
-        if arguments.adapter not in (None, answer["adapter"]):
-            continue
-        if "error" in answer or arguments.worker in (None, *workers_of(answer)):
-            answers.append(answer)
-    return answers
+    return query_selected(control.TASKS, parameters, arguments)
 
 
 def print_answers(output: Output, answers: Sequence[Row], arguments: argparse.Namespace) -> None:
     """Write the tasks of all agents, longest run first, and the agents that did not answer."""
     if not answers:
-        output.print_line(
-            f"no agent{filter_description(arguments)} runs with Z4J_HOME={configuration.home()}: "
-            "run this command with the Z4J_HOME and the user of the workers"
-        )
+        output.print_line(no_agent_text(arguments))
         return
     for answer in answers:
         if "error" in answer:
-            output.print_line(
-                f"no answer from the {answer['adapter']} agent in process {answer['pid']}: "
-                f"{answer['error']}",
-                "bold red",
-            )
+            output.print_line(no_answer_text(answer), "bold red")
     tasks = sorted(
         (task for answer in answers for task in answer.get("tasks", ())),
         key=lambda task: -task["age_seconds"],

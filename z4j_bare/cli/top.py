@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
+from z4j_bare.cli.agents import ANSWER_TIMEOUT, no_agent_text, refresh_interval
 from z4j_bare.cli.output import Output
 from z4j_bare.cli.screen import END, Column, Line, Screen, share, table
 from z4j_bare.cli.status import COLUMNS as STATUS_COLUMNS
@@ -17,10 +18,8 @@ from z4j_bare.cli.status import (
     agent_key,
     agent_title,
     exit_code,
-    filter_description,
     format_duration,
     query_agents,
-    refresh_interval,
     session_text,
     sparkline,
     with_rates,
@@ -47,9 +46,6 @@ INTERVAL = 2.0
 
 #: Seconds between the two samples of ``--once``, from which the rates are calculated.
 ONCE_INTERVAL = 0.5
-
-#: Seconds that an agent may need between two parts of its answer.
-ANSWER_TIMEOUT = 10.0
 
 #: Maximum number of samples in a sparkline.
 HISTORY_SIZE = 60
@@ -241,7 +237,8 @@ class StatusHistory:
         """
         rows = [status_row(agent) for agent in self.agents]
         columns = [Column(title, flexible=title == "last error") for title in STATUS_COLUMNS]
-        lines = [Line(text) for text in table(columns, rows, width)] if rows else [self._no_agent()]
+        texts = table(columns, rows, width) if rows else [no_agent_text(self._arguments)]
+        lines = [Line(text) for text in texts]
         for agent in self.agents:
             rates, depths = self._rates[agent_key(agent)], self._depths[agent_key(agent)]
             lines += [
@@ -253,13 +250,6 @@ class StatusHistory:
             frozen = "frozen  " if self.frozen else ""
             lines = [*lines[: height - 1], Line(frozen + self.keys, "dim")]
         return lines
-
-    def _no_agent(self) -> Line:
-        return Line(
-            f"no agent{filter_description(self._arguments)} runs with"
-            f" Z4J_HOME={configuration.home()}: run this command with the Z4J_HOME and the user of"
-            " the workers"
-        )
 
 
 class Top(StatusHistory):
@@ -330,7 +320,7 @@ class Top(StatusHistory):
         :param height: number of lines of the terminal; 0 if there is no terminal.
         """
         if not self.agents:
-            return [self._no_agent()]
+            return [Line(no_agent_text(self._arguments))]
         agents = self._matching(self.agents, lambda agent: (agent_title(agent), *workers_of(agent)))
         busy = self._matching(sorted(self._busy, key=SORTS[self._sort]), lambda each: (each.name,))
         running = self._matching(self._running, lambda task: (task["name"], task["worker"] or ""))
