@@ -9,7 +9,7 @@ import _socket  # the C class is never patched; every wait uses the backend
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct
@@ -186,6 +186,14 @@ class ControlServer:
                 break
             data += received
         return data.partition(b"\n")[0].decode("ascii", "replace").strip()
+
+
+def join_items(items: Iterable[str]) -> Iterator[str]:
+    """Yield the items of a JSON list or object, with the separators between them."""
+    separator = ""
+    for item in items:
+        yield separator + item
+        separator = ", "
 
 
 def _may_ask(client: _socket.socket) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from z4j_bare.concurrency.timeslice import TimeSlice
 from z4j_bare.control import HUB, LOG, METRICS, RESTART, STATUS, TASKS
 from z4j_bare.events.task_counts import DELAY_BOUNDS, RUNTIME_BOUNDS
+from z4j_bare.monitoring.control_server import join_items
 from z4j_bare.monitoring.holds import HoldTable
 
 if TYPE_CHECKING:
@@ -75,17 +76,9 @@ def stream_tasks(
     """Return the parts of a JSON text with the tasks that run now."""
     checkpoint = TimeSlice(backend).checkpoint
     query = {"task": task, "stack": stack, "all_frames": all_frames}
-    head = {
-        "schema": SCHEMA,
-        "pid": os.getpid(),
-        "concurrency": backend.name,
-        "workers": engines.workers(),
-    }
-    yield json.dumps(head)[:-1] + ', "tasks": ['
-    separator = ""
-    for row in engines.iter_running(query, checkpoint):
-        yield separator + json.dumps(row, default=str)
-        separator = ", "
+    yield json.dumps(_head(engines, backend))[:-1] + ', "tasks": ['
+    rows = engines.iter_running(query, checkpoint)
+    yield from join_items(json.dumps(row, default=str) for row in rows)
     yield "]}"
 
 
@@ -94,13 +87,7 @@ def stream_log(
 ) -> Iterator[str]:
     """Return the parts of a JSON text with settings, versions and the last log lines."""
     module = backend.import_module("z4j_bare.monitoring.log_report")
-    head = {
-        "schema": SCHEMA,
-        "pid": os.getpid(),
-        "concurrency": backend.name,
-        "workers": engines.workers(),
-    }
-    parts: Iterator[str] = module.stream_log(head, config, settings, backend)
+    parts: Iterator[str] = module.stream_log(_head(engines, backend), config, settings, backend)
     return parts
 
 
@@ -127,10 +114,8 @@ def stream_metrics(
         "delay_bounds": DELAY_BOUNDS,
     }
     yield json.dumps(head, default=str)[:-1] + ', "tasks": ['
-    separator = ""
-    for row in counts.iter_rows():
-        yield separator + json.dumps(row)
-        separator = ", "
+    for part in join_items(map(json.dumps, counts.iter_rows())):
+        yield part
         checkpoint()
     yield "]}"
 
@@ -157,10 +142,7 @@ class HubInspector:
         if profile and has_hub:
             self._start(float(profile))
         document: dict[str, Any] = {
-            "schema": SCHEMA,
-            "pid": os.getpid(),
-            "concurrency": self._backend.name,
-            "workers": self._engines.workers(),
+            **_head(self._engines, self._backend),
             "has_hub": has_hub,
             "profiling": self._profile is not None and self._profile.is_running(),
             "lag": self._hub_lag.history.describe(),
@@ -192,12 +174,21 @@ class HubInspector:
             "holds": table.rows(),
         }
         yield json.dumps(document)[:-1] + ', "stacks": {'
-        separator = ""
-        for text, seconds in stacks.items():
-            yield f"{separator}{json.dumps(text)}: {round(seconds * 1000)}"
-            separator = ", "
+        items = (f"{json.dumps(text)}: {round(value * 1000)}" for text, value in stacks.items())
+        for part in join_items(items):
+            yield part
             checkpoint()
         yield "}}"
+
+
+def _head(engines: EngineManager, backend: BaseConcurrency) -> dict[str, Any]:
+    """Return the fields with which a document names its agent."""
+    return {
+        "schema": SCHEMA,
+        "pid": os.getpid(),
+        "concurrency": backend.name,
+        "workers": engines.workers(),
+    }
 
 
 def _refuse(**_parameters: object) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from z4j_bare.concurrency.timeslice import TimeSlice
+from z4j_bare.monitoring.control_server import join_items
 from z4j_bare.monitoring.recent_log import LogLine, recent_log
 from z4j_bare.monitoring.scrubber import Scrubber, configured_secrets, environment_secrets
 
@@ -67,11 +68,10 @@ def stream_log(
         "settings": public_settings(config, settings),
     }
     yield json.dumps(scrubber.document(document), default=str)[:-1] + ', "lines": ['
-    separator = ""
-    for line in list(recent_log.lines):
+    lines = list(recent_log.lines)
+    for part in join_items(json.dumps(scrubber.text(format_line(line))) for line in lines):
+        yield part
         checkpoint()
-        yield separator + json.dumps(scrubber.text(format_line(line)))
-        separator = ", "
     yield "]}"
 
 
