@@ -5,7 +5,6 @@ import json
 import os
 import sqlite3
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
@@ -33,15 +32,6 @@ from z4j_bare.wire.fit import MARK
 
 KEY = b"01234567890123456789012345678901"
 DIGEST = key_digest(KEY)
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """The configured path; only its directory matters."""
-    monkeypatch.setattr(
-        "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
-    )
-    return tmp_path / "home" / "buffer.sqlite"
 
 
 @pytest.fixture

@@ -32,15 +32,6 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """The configured path; no other store of this machine is found."""
-    monkeypatch.setattr(
-        "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
-    )
-    return tmp_path / "home" / "buffer.sqlite"
-
-
-@pytest.fixture
 def mine(home):
     store = BufferStore(new_store_path(home))
     yield store

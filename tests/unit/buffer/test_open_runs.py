@@ -70,15 +70,6 @@ time.sleep(600)
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    """The configured path. Its directory is the only one with stores."""
-    monkeypatch.setattr(
-        "z4j_bare.buffer.files.candidate_directories", lambda path: [Path(path).parent]
-    )
-    return tmp_path / "home" / "buffer.sqlite"
-
-
-@pytest.fixture
 def killed(home):
     """The store of a process that was killed when its runs were kept."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -10,33 +10,11 @@ import pytest
 from tests.support.engines import FakeEngine
 from tests.support.peer import SECRET_TEXT, TOKEN, Peer
 from tests.support.processes import run_command
+from tests.support.top_answers import agent
 from z4j_bare import _process_singleton as singleton
 from z4j_bare import control, install_agent
 from z4j_bare.cli import main, make_engine_main, make_main_for_adapter, status
 from z4j_bare.diagnostics.host import probe_agents
-
-
-def agent(pid=7, **changes):
-    """Return the status of a connected agent, with ``changes``."""
-    return {
-        "adapter": "bare",
-        "pid": pid,
-        "project": "p",
-        "connected": True,
-        "connected_at": 0.0,
-        "concurrency": "gevent",
-        "transport": "ws",
-        "workers": {"celery": ["celery@a"]},
-        "agent_name": None,
-        "oldest_age_seconds": None,
-        "produced": 10,
-        "acked": 4,
-        "buffered": 6,
-        "adopting": 0,
-        "last_error": "",
-        **changes,
-    }
-
 
 SILENT = {"adapter": "bare", "pid": 8, "error": "timed out"}
 

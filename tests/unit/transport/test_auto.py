@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from z4j_core.models import Event, EventKind
 
+from tests.support.agents import installed_agents
 from tests.support.engines import FakeEngine
 from tests.support.http_peer import HttpPeer, relay
 from tests.support.listener import GoneError, Listener, recv_some
-from tests.support.peer import GUID, SECRET_TEXT, TOKEN, Peer, all_acked
-from z4j_bare import _process_singleton, install_agent
+from tests.support.peer import GUID, Peer, all_acked
 from z4j_bare.errors import (
     AgentError,
     AuthenticationRejectedError,
@@ -480,23 +480,8 @@ def install(gate, monkeypatch):
     monkeypatch.setattr(send, "POLL_BUSY", 0.05)
     monkeypatch.setattr(longpoll, "UPLOAD_RATE", 1000.0)
     monkeypatch.setattr(longpoll, "POLL_WAIT", 1)
-    created = []
-
-    def make(**changes):
-        options = {
-            "engines": [FakeEngine("retry_task")],
-            "brain_url": gate.url,
-            "token": TOKEN,
-            "project_id": "demo",
-            "hmac_secret": SECRET_TEXT,
-        }
-        created.append(install_agent(**{**options, **changes}))
-        return created[-1]
-
-    yield make
-    for runtime in created:
-        runtime.stop(timeout=3)
-        _process_singleton.clear_runtime(expected=runtime)
+    with installed_agents(gate, FakeEngine("retry_task")) as install:
+        yield install
 
 
 @pytest.mark.parametrize("block", [200, 403, 404, 426, "reset", "silent", "closed"])
