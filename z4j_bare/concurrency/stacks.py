@@ -3,8 +3,6 @@
 The functions read no values of local variables. ``frame.f_locals`` of a frame that is still in use
 keeps all values alive until the frame ends (CPython 3.11 and 3.12). A :class:`Position` refers to
 no frame, so it can be stored.
-
-The agent imports this module when the first client asks for positions.
 """
 
 from __future__ import annotations
@@ -56,8 +54,8 @@ _KNOWN_CLASSES = {"GreenSocket": "socket", "LockType": "Lock", "SocketMixin": "s
 _LIBRARY_DIRECTORIES = tuple(
     {
         path + "/"
-        for name in ("stdlib", "platstdlib", "purelib", "platlib")
-        if (path := sysconfig.get_paths().get(name))
+        for name, path in sysconfig.get_paths().items()
+        if name in ("stdlib", "platstdlib", "purelib", "platlib")
     }
 )
 

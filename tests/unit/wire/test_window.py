@@ -216,7 +216,7 @@ def test_skip_halves_frame_size_below_that_of_slow_acks():
 
 
 def test_skip_of_small_frame_keeps_frame_size():
-    """A skipped frame that is far below the size does not change the size."""
+    """A skipped frame that is far smaller than the frame size does not change that size."""
     win = window.Window()
     win.sent("a", (1,), 1, 0)
     win.sent("probe", (), 0, 3)
