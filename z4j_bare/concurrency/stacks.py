@@ -49,6 +49,9 @@ _KNOWN_NAMES = {
     "gevent.hub.Hub.join": "gevent.wait",
 }
 
+#: Packages whose modules replace those of the standard library with the same name.
+_PATCHED_PACKAGES = ("eventlet.green", "gevent")
+
 _KNOWN_CLASSES = {"GreenSocket": "socket", "LockType": "Lock", "SocketMixin": "socket"}
 
 _LIBRARY_DIRECTORIES = tuple(
@@ -184,7 +187,8 @@ def _wait_of(callees: Sequence[Position]) -> str:
     callees = [each for each in callees if not _is_hub(each)] or list(callees[-1:])
     if not callees:
         return ""
-    called, waiting = _name(callees[-1]), _name(callees[0])
+    public = next((each for each in callees if not _is_private(each)), callees[0])
+    called, waiting = _name(callees[-1]), _name(public)
     return called if called == waiting else f"{called} ({waiting})"
 
 
@@ -195,6 +199,12 @@ def _is_hub(position: Position) -> bool:
     )
 
 
+def _is_private(position: Position) -> bool:
+    """Return whether users do not know a function, such as ``Popen._try_wait``."""
+    name = position.function.rpartition(".")[2]
+    return name.startswith("_") and not name.endswith("__")
+
+
 def _name(position: Position) -> str:
     """Return the name under which users know a function, such as ``socket.recv``."""
     name = f"{position.module}.{position.function}"
@@ -202,6 +212,9 @@ def _name(position: Position) -> str:
         return _KNOWN_NAMES[name]
     function = position.function.rpartition("<locals>.")[2]
     if "." not in function:
+        package, _, last = position.module.rpartition(".")
+        if package in _PATCHED_PACKAGES:  # as in ``gevent.subprocess.run``
+            return f"{last}.{function}"
         return f"{position.module.partition('.')[0]}.{function}"
     owner, _, method = function.partition(".")
     return f"{_KNOWN_CLASSES.get(owner, owner)}.{method}"

@@ -74,6 +74,16 @@ def test_read_keeps_no_object_alive():
             "requests.get (socket.recv)",
         ),
         ([at("threading", "Lock.acquire", threading.__file__)], "Lock.acquire"),
+        (
+            [
+                at("gevent.subprocess", "Popen._gevent_result_wait"),
+                at("gevent.subprocess", "Popen.wait"),
+                at("gevent.subprocess", "run"),
+            ],
+            "subprocess.run (Popen.wait)",
+        ),
+        ([at("eventlet.green.subprocess", "run")], "subprocess.run"),
+        ([at("shop.driver", "_recv", f"{INSTALLED}/shop/driver.py")], "shop._recv"),
     ],
 )
 def test_innermost_user_code_names_the_wait(callees, waiting):
