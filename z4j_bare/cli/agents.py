@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,10 +65,17 @@ def no_agent_text(arguments: argparse.Namespace) -> str:
     """Return the usual reason why no selected agent was found."""
     adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
     worker = f" that reports {arguments.worker}" if arguments.worker else ""
-    return (
-        f"no agent{adapter}{worker} runs with Z4J_HOME={configuration.home()}: "
-        "run this command with the Z4J_HOME and the user of the workers"
-    )
+    text = f"no agent{adapter}{worker} runs with Z4J_HOME={configuration.home()}"
+    if (adapter or worker) and (agents := control.status()):
+        return f"{text}: the agents there are {', '.join(map(_agent_text, agents))}"
+    if "Z4J_HOME" not in os.environ:
+        text += ", the default, because Z4J_HOME is not set"
+    return f"{text}: run this command with the Z4J_HOME and the user of the workers"
+
+
+def _agent_text(agent: Mapping[str, Any]) -> str:
+    names = ", ".join(sorted(workers_of(agent))) or "no worker"
+    return f"{agent['adapter']} in process {agent['pid']} ({agent.get('error') or names})"
 
 
 def no_answer_text(answer: Mapping[str, Any]) -> str:

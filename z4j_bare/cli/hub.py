@@ -13,6 +13,7 @@ from z4j_bare import control
 from z4j_bare.cli import configuration
 from z4j_bare.cli.agents import answers_exit_code, no_agent_text, query_selected
 from z4j_bare.cli.output import Output
+from z4j_bare.errors import HostConfigurationError
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
 EXAMPLES = """\
@@ -57,6 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Print lags and holds; return 0 if every selected agent has answered, else 1."""
     configuration.open_home(arguments)
     output = Output(json_only=arguments.json)
+    if arguments.output:
+        if not arguments.profile:
+            raise HostConfigurationError(
+                "--output needs --profile SECONDS: only a profile has stacks"
+            )
+        _write_stacks(arguments.output, ())  # an unusable path must not cost the profile
     if arguments.profile:
         started = query_selected(control.HUB, {"profile": arguments.profile}, arguments)
         if any(each.get("has_hub") for each in started):
@@ -72,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         _write_stacks(arguments.output, answers)
         output.print_line(f"stacks written to {arguments.output}")
-    output.print_json({"schema": 1, "ok": code == 0, "agents": answers})
+    output.print_json({"ok": code == 0, "home": str(configuration.home()), "agents": answers})
     return code
 
 
@@ -103,6 +110,7 @@ def print_answer(output: Output, answer: Mapping[str, Any]) -> None:
             for name, part in (("since start", lag), ("recent", recent))
         ],
     )
+    output.print_line(f"lags since start: {histogram_text(lag['histogram'])}")
     if not answer["has_hub"]:
         output.print_line()
         return
@@ -120,6 +128,18 @@ def print_answer(output: Output, answer: Mapping[str, Any]) -> None:
     output.print_line()
 
 
+def histogram_text(histogram: Mapping[str, int]) -> str:
+    """Return the ranges that contain a lag, with their numbers of lags."""
+    texts, lower = [], "0"
+    for bound, number in histogram.items():
+        if number:
+            upper = float(bound)
+            above = f"above {_bound(float(lower))}"
+            texts.append(f"{number} {above if math.isinf(upper) else 'up to ' + _bound(upper)}")
+        lower = bound
+    return ", ".join(texts) or "none"
+
+
 def row(hold: Mapping[str, Any]) -> list[str]:
     """Return the table cells of a hold, one for each of :data:`COLUMNS`."""
     single = hold["single_holds"] * 2 >= hold["holds"]
@@ -134,14 +154,22 @@ def row(hold: Mapping[str, Any]) -> list[str]:
 
 
 def _write_stacks(path: Path, answers: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for answer in answers:
-            for stack, milliseconds in answer.get("stacks", {}).items():
-                file.write(f"{stack} {milliseconds}\n")
+    """Replace the file. Raises ``HostConfigurationError`` if this user cannot write it."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            for answer in answers:
+                for stack, milliseconds in answer.get("stacks", {}).items():
+                    file.write(f"{stack} {milliseconds}\n")
+    except OSError as error:
+        raise HostConfigurationError(f"cannot write --output {path}: {error.strerror}") from None
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def _bound(seconds: float) -> str:
+    return f"{seconds:g} s" if seconds >= 1 else f"{seconds * 1000:g} ms"
 
 
 def _seconds(text: str) -> float:

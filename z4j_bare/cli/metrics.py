@@ -61,7 +61,7 @@ KEEP_SECONDS = 300.0
 #: Name of the file in ``Z4J_HOME`` with the last answers, for the next call of the command.
 MEMORY_FILE = "metrics-last.json"
 
-#: Version of the layout of that file, and of the document that ``--json`` prints.
+#: Version of the layout of that file.
 SCHEMA = 1
 
 Answer = dict[str, Any]
@@ -100,7 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
         _replace(path, json.dumps({"schema": SCHEMA, "answers": memory.entries()}))
     code = answers_exit_code(answers)
     if arguments.json:
-        Output(json_only=True).print_json({"schema": SCHEMA, "ok": code == 0, "agents": answers})
+        Output(json_only=True).print_json(
+            {"ok": code == 0, "home": str(configuration.home()), "agents": answers}
+        )
     elif arguments.output:
         _write(arguments.output, render(families))
     else:

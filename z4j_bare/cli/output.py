@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+#: Version of the JSON objects of all commands.
+SCHEMA = 1
 
 #: Maps each verdict of a probe to the word that starts the printed line, and to the line's style.
 VERDICTS = {
@@ -37,6 +41,11 @@ class Output:
         self._stream = stream or sys.stdout
         #: The console of ``rich``, or ``None`` if the output is plain text or JSON.
         self._console = None if json_only else _console(self._stream)
+
+    @property
+    def width(self) -> int | None:
+        """The number of columns of the terminal; ``None`` if the output is not a terminal."""
+        return shutil.get_terminal_size().columns if self._stream.isatty() else None
 
     def print_line(self, text: str = "", style: str = "") -> None:
         """Write a line of text."""
@@ -64,15 +73,16 @@ class Output:
         if self._console is not None:
             self._console.print(_rich_table(columns, rows))
             return
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        widths = column_widths(columns, rows)
         for row in (columns, *rows):
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             self.print_line("  ".join(cells).rstrip())
 
-    def print_json(self, value: object) -> None:
-        """Write ``value`` as JSON if the command was called with ``--json``."""
+    def print_json(self, value: Mapping[str, object]) -> None:
+        """Write ``value`` with the schema version as JSON if the command has ``--json``."""
         if self.json_only:
-            print(json.dumps(value, indent=2, default=str), file=self._stream, flush=True)
+            document = {"schema": SCHEMA, **value}
+            print(json.dumps(document, indent=2, default=str), file=self._stream, flush=True)
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Callable[[], None]], None]]:
@@ -104,6 +114,11 @@ class Output:
         with Progress(console=self._console) as bar:
             task = bar.add_task(title, total=total)
             yield lambda done: bar.update(task, completed=done)
+
+
+def column_widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """Return the width of each column of a table: the length of its longest cell."""
+    return [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
 
 
 class _TextProgress:

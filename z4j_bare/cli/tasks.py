@@ -18,7 +18,7 @@ from z4j_bare.cli.agents import (
     no_answer_text,
     query_selected,
 )
-from z4j_bare.cli.output import Output
+from z4j_bare.cli.output import Output, column_widths
 from z4j_bare.cli.status import format_duration
 
 EXAMPLES = """\
@@ -34,8 +34,12 @@ exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 
 
 COLUMNS = ("age", "name", "id", "worker", "pid", "position", "waiting in")
 
-#: Text in a prefork child's row in place of a position.
-NO_POSITION = "(in a child process)"
+#: Texts in place of a position: of a task in a prefork child; of a task that has called no code of
+#: the user's; and of a task whose thread or greenlet the agent does not know.
+IN_CHILD, IN_LIBRARY, UNKNOWN = "(in a child process)", "(in a library)", "(unknown)"
+
+#: Columns of the text before a task's second line, if the terminal is too narrow for the table.
+INDENT = 7
 
 Row = dict[str, Any]
 
@@ -99,12 +103,51 @@ def print_answers(output: Output, answers: Sequence[Row], arguments: argparse.Na
         key=lambda task: -task["age_seconds"],
     )
     if not tasks:
-        output.print_line("no task is running")
+        if not all("error" in answer for answer in answers):
+            output.print_line(no_task_text(arguments))
     elif arguments.stack:
         for task in tasks:
             print_stack(output, task)
     else:
-        output.print_table(COLUMNS, [cells for task in tasks for cells in rows_of(task)])
+        print_tasks(output, tasks)
+
+
+def no_task_text(arguments: argparse.Namespace) -> str:
+    """Return the text for agents that have answered without a task."""
+    if not arguments.task:
+        return "no task is running in the processes of these agents"
+    return (
+        f"task {arguments.task} is not running in the processes of these agents:"
+        " it has ended, has not started, or runs on another host"
+    )
+
+
+def print_tasks(output: Output, tasks: Sequence[Row]) -> None:
+    """Write a table; on a narrower terminal, write several lines for each task.
+
+    The columns are not shortened, because the operator needs whole ids and positions.
+    """
+    rows = [cells for task in tasks for cells in rows_of(task)]
+    width = sum(column_widths(COLUMNS, rows)) + 2 * (len(COLUMNS) - 1)
+    if output.width is None or width <= output.width:
+        output.print_table(COLUMNS, rows)
+        return
+    heads = [
+        (f"{age:<{INDENT}}{name}  {task_id}".rstrip(), _process_text(worker, pid))
+        for age, name, task_id, worker, pid, *_ in rows
+    ]
+    fits = all(len(head) + 2 + len(process) <= output.width for head, process in heads)
+    for (head, process), (*_, pid, position, waiting) in zip(heads, rows, strict=True):
+        output.print_line(f"{head}  {process}".rstrip() if fits else head, "bold" if pid else "")
+        if process and not fits:
+            output.print_line(f"{'':<{INDENT}}{process}")
+        if position:
+            wait = f", waiting in {waiting}" if waiting else ""
+            output.print_line(f"{'':<{INDENT if pid else INDENT + 4}}{position}{wait}")
+
+
+def _process_text(worker: str, pid: str) -> str:
+    return f"{worker or 'no worker'} (pid {pid})" if pid else ""
 
 
 def rows_of(task: Row) -> list[list[str]]:
@@ -148,7 +191,7 @@ def print_stack(output: Output, task: Row) -> None:
 def _print_frames(output: Output, place: Mapping[str, Any]) -> None:
     frames = place.get("stack")
     if not frames:
-        output.print_line(f"  {place.get('position') or NO_POSITION}")
+        output.print_line(f"  {_place(place)[0]}")
         return
     for frame in reversed(frames):
         output.print_line(f'  File "{frame["file"]}", line {frame["line"]}, in {frame["function"]}')
@@ -160,13 +203,13 @@ def _print_frames(output: Output, place: Mapping[str, Any]) -> None:
 
 def _place(place: Mapping[str, Any]) -> list[str]:
     if "position" not in place:
-        return [NO_POSITION, ""]
-    return [place["position"] or "(in a library)", place["waiting_in"] or ""]
+        return [IN_CHILD, ""]
+    waiting = place["waiting_in"] or ""
+    return [place["position"] or (IN_LIBRARY if waiting else UNKNOWN), waiting]
 
 
 def _document(answers: Sequence[Row], code: int) -> Row:
     return {
-        "schema": 1,
         "ok": code == 0,
         "home": str(configuration.home()),
         "agents": list(answers),

@@ -9,7 +9,7 @@ from z4j_bare.concurrency.base import current_frames
 from z4j_bare.concurrency.stacks import Position, innermost_user_code, read_stack, text_of
 
 #: The place of a hold in which no sample was taken.
-UNSAMPLED = "(not sampled: a C function kept the interpreter lock)"
+UNSAMPLED = "(not sampled: a C function kept the interpreter lock, or the process had no processor)"
 
 #: Modules of the innermost frame of a hub's thread while the hub waits for events.
 _IDLE_MODULES = frozenset(

@@ -165,7 +165,7 @@ def test_export_writes_orphaned_rows(home, capsys, tmp_path):
         target = tmp_path / "rows.jsonl"
         assert run_json(capsys, "export", "-o", str(target)) == (
             0,
-            {"rows": 3, "file": str(target)},
+            {"schema": 1, "rows": 3, "file": str(target)},
         )
         assert target.stat().st_mode & 0o777 == 0o600
         assert main(["buffer", "export", "-o", str(target)]) == 1
@@ -385,5 +385,5 @@ def test_drop_deletes_named_buffer_of_existing_agent(home, capsys):
         assert main(["buffer", "drop", "--yes", path.name]) == 3
         assert "running process" in capsys.readouterr().err
     code, found = run_json(capsys, "drop", "--yes", path.name)
-    assert (code, found) == (0, {"dropped": [str(path)], "rows": 2})
+    assert (code, found) == (0, {"schema": 1, "dropped": [str(path)], "rows": 2})
     assert not path.exists()

@@ -82,6 +82,6 @@ def test_machine_output_is_one_json_object(terminal):
     output = Output(json_only=True, stream=terminal)
     write_everything(output)
     output.print_json({"ok": True, "path": io})
-    assert json.loads(terminal.getvalue())["ok"] is True
+    assert json.loads(terminal.getvalue()) == {"schema": 1, "ok": True, "path": str(io)}
     Output(stream=terminal).print_json({"nothing": "as text"})
     assert "nothing" not in terminal.getvalue()

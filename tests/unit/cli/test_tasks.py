@@ -1,6 +1,8 @@
 """``z4j-bare tasks`` and ``hub``: what they print and their exit codes."""
 
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 
@@ -128,6 +130,71 @@ def test_prefork_child_has_no_position(set_answers, capsys):
     assert "(in a child process)" in capsys.readouterr().out
 
 
+def test_task_without_known_thread_is_not_said_to_be_in_child(set_answers, capsys):
+    """A stack without frames is unknown, in the table and with ``--stack``."""
+    set_answers(answer(tasks=[{**TASK, "position": None, "waiting_in": None, "stack": []}]))
+    for options in ([], ["--stack"]):
+        assert main(["tasks", *options]) == 0
+        out = capsys.readouterr().out
+        assert "(unknown)" in out
+        assert "child process" not in out
+
+
+@pytest.mark.parametrize("width", [40, 80, 400])
+def test_narrow_terminal_shows_whole_ids_and_positions(set_answers, width, monkeypatch):
+    """A terminal that is too narrow for the table gets lines with the same texts."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "dumb")
+    set_answers(answer(tasks=[{**TASK, "name": "shop.orders.collect_payment", "id": "i" * 36}]))
+    terminal = StringIO()
+    terminal.isatty = lambda: True
+    with redirect_stdout(terminal):
+        assert main(["tasks"]) == 0
+    out = terminal.getvalue()
+    assert out.startswith("age") == (width == 400)
+    for text in ("1 min", "shop.orders.collect_payment", "i" * 36, "celery@a", "7", "shop.log"):
+        assert text in out
+    if width < 400:
+        assert "shop/pay.py:88 in charge, waiting in socket.recv\n" in out
+        assert "shop/pay.py:9 in poll, waiting in time.sleep\n" in out
+    if width == 80:
+        assert max(map(len, out.splitlines())) <= width
+
+
+def test_missing_task_is_named(set_answers, capsys):
+    """``--task`` with an id that no agent runs says so."""
+    requests = set_answers(answer(tasks=[]))
+    assert main(["tasks", "--task", "id-9"]) == 0
+    assert capsys.readouterr().out.startswith("task id-9 is not running in the processes of these")
+    assert requests[0][1]["task"] == "id-9"
+
+
+def test_agents_without_answer_are_not_said_to_run_no_task(set_answers, capsys):
+    """If no agent has answered, nothing is known about running tasks."""
+    set_answers(SILENT)
+    assert main(["tasks"]) == 1
+    assert "no task" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["tasks", "hub", "status", "top --once"])
+def test_wrong_worker_shows_names_of_workers(command, set_answers, capsys):
+    """``--worker`` with a wrong name lists the agents and their workers."""
+    set_answers(answer())
+    assert main([*command.split(), "--worker", "celery@b"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("no agent that reports celery@b runs with Z4J_HOME=")
+    assert out.endswith(": the agents there are bare in process 7 (celery@a)\n")
+
+
+def test_missing_home_is_named_as_default(set_answers, capsys, monkeypatch, tmp_path):
+    """Without ``Z4J_HOME`` the message says that the default directory was searched."""
+    monkeypatch.delenv("Z4J_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    set_answers()
+    assert main(["tasks"]) == 1
+    assert "/.z4j, the default, because Z4J_HOME is not set: run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["tasks", "hub"])
 def test_json_has_schema_version(command, set_answers, capsys):
     """``--json`` prints one document with a version."""
@@ -152,6 +219,29 @@ def test_hub_says_that_threads_have_no_hub(set_answers, capsys):
     set_answers(answer(concurrency="threads", has_hub=False, lag=LAG, holds=[]))
     assert main(["hub"]) == 0
     assert "this process has no hub" in capsys.readouterr().out
+
+
+def test_hub_prints_histogram_without_empty_ranges(set_answers, capsys):
+    """The histogram of the lags is one line with the ranges that occurred."""
+    histogram = {"0.001": 90, "0.002": 0, "5": 2, "inf": 1}
+    set_answers(answer(has_hub=True, lag={**LAG, "histogram": histogram}, holds=[]))
+    assert main(["hub"]) == 0
+    assert "lags since start: 90 up to 1 ms, 2 up to 5 s, 1 above 5 s\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "stacks.txt"], "--output needs --profile SECONDS"),
+        (["--profile", "9", "--output", "missing/stacks.txt"], "cannot write --output missing/"),
+    ],
+)
+def test_output_is_checked_before_profile(options, message, set_answers, capsys):
+    """A file that cannot be written is an error before the agents start to sample."""
+    requests = set_answers(answer(has_hub=True, lag=LAG, holds=[]))
+    assert main(["hub", *options]) == 2
+    assert capsys.readouterr().err.startswith(f"z4j-bare: {message}")
+    assert requests == []
 
 
 def test_hub_profile_writes_stacks(set_answers, capsys, tmp_path):
