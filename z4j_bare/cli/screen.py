@@ -40,12 +40,15 @@ class Line(NamedTuple):
 class Column(NamedTuple):
     """A column of a table.
 
-    :param flexible: whether the column is shortened if the table is too wide.
+    :param flexible: whether the column is shortened if the table is too wide. Columns with the
+        highest number are shortened first.
+    :param keep_end: whether the beginning of a text is cut off, as of a task's name.
     """
 
     title: str
     right: bool = False
-    flexible: bool = False
+    flexible: int = 0
+    keep_end: bool = False
 
 
 class Screen:
@@ -109,7 +112,7 @@ class Screen:
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """Return the header and the rows as texts of at most ``width`` characters.
 
-    Flexible columns are shortened until the table fits.
+    Flexible columns are shortened until the table fits, the longest of the same number first.
     """
     cells = [[column.title for column in columns], *rows]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
@@ -122,21 +125,29 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) 
         ]
         if not candidates:
             break
-        widths[max(candidates, key=widths.__getitem__)] -= 1
+        widths[max(candidates, key=lambda index: (columns[index].flexible, widths[index]))] -= 1
         excess -= 1
     lines = []
     for row in cells:
         texts = [
-            shorten(cell, size).rjust(size) if column.right else shorten(cell, size).ljust(size)
+            _fill(cell, size, column)
             for cell, size, column in zip(row, widths, columns, strict=True)
         ]
         lines.append("  ".join(texts)[:width])
     return lines
 
 
-def shorten(text: str, width: int) -> str:
+def table_width(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> int:
+    """Return the width of a table of which no column is shortened."""
+    cells = [[column.title for column in columns], *rows]
+    return sum(max(map(len, each)) for each in zip(*cells, strict=True)) + 2 * (len(columns) - 1)
+
+
+def shorten(text: str, width: int, *, keep_end: bool = False) -> str:
     """Return ``text`` with at most ``width`` characters."""
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+    if len(text) <= width:
+        return text
+    return f"…{text[1 - width :]}" if keep_end else f"{text[: width - 1]}…"
 
 
 def share(lines: int, wanted: Sequence[int]) -> list[int]:
@@ -150,6 +161,11 @@ def share(lines: int, wanted: Sequence[int]) -> list[int]:
             shares[index] += 1
             lines -= 1
     return shares
+
+
+def _fill(text: str, width: int, column: Column) -> str:
+    text = shorten(text, width, keep_end=column.keep_end)
+    return text.rjust(width) if column.right else text.ljust(width)
 
 
 def _styled(line: Line, columns: int) -> str:

@@ -12,7 +12,7 @@ from z4j_bare import control
 from z4j_bare.cli import configuration
 from z4j_bare.cli.agents import ANSWER_TIMEOUT, no_agent_text, refresh_interval
 from z4j_bare.cli.output import Output
-from z4j_bare.cli.screen import END, Column, Line, Screen, share, table
+from z4j_bare.cli.screen import END, Column, Line, Screen, share, table, table_width
 from z4j_bare.cli.status import COLUMNS as STATUS_COLUMNS
 from z4j_bare.cli.status import (
     agent_key,
@@ -25,7 +25,7 @@ from z4j_bare.cli.status import (
     with_rates,
 )
 from z4j_bare.cli.status import row as status_row
-from z4j_bare.cli.tasks import rows_of
+from z4j_bare.cli.tasks import IN_CHILD, rows_of
 from z4j_bare.events.task_counts import TaskFailure
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
@@ -52,6 +52,9 @@ HISTORY_SIZE = 60
 
 #: Maximum number of rows of a section that is not limited by a terminal's height.
 MAX_ROWS = 10
+
+#: Maximum number of agents whose refusal is shown.
+MAX_NOTES = 3
 
 #: Lines of the screen that are no rows of a section: title, keys, and the lines before a section.
 _HEAD_LINES, _FOOT_LINES, _SECTION_LINES = 1, 1, 2
@@ -89,10 +92,10 @@ SORTS: dict[str, Callable[[Busy], Any]] = {
 }
 
 _AGENT_COLUMNS = (
-    Column("agent", flexible=True),
+    Column("agent", flexible=1),
     Column("pid", right=True),
     Column("mode"),
-    Column("session", flexible=True),
+    Column("session", flexible=1),
     Column("events/s", right=True),
     Column("buffered", right=True),
     Column("lost", right=True),
@@ -100,7 +103,7 @@ _AGENT_COLUMNS = (
 )
 
 _BUSY_COLUMNS = (
-    Column("busiest tasks", flexible=True),
+    Column("busiest tasks", flexible=1, keep_end=True),
     Column("running", right=True),
     Column("ends/s", right=True),
     Column("done", right=True),
@@ -111,16 +114,16 @@ _BUSY_COLUMNS = (
 
 _RUNNING_COLUMNS = (
     Column("age", right=True),
-    Column("longest running tasks", flexible=True),
-    Column("position", flexible=True),
-    Column("waiting in", flexible=True),
+    Column("longest runs", flexible=3, keep_end=True),
+    Column("position", flexible=1),
+    Column("waiting in", flexible=2),
 )
 
 _FAILURE_COLUMNS = (
     Column("age", right=True),
-    Column("last failures", flexible=True),
-    Column("exception", flexible=True),
-    Column("worker", flexible=True),
+    Column("last failures", flexible=2, keep_end=True),
+    Column("exception", flexible=1),
+    Column("worker", flexible=2),
 )
 
 
@@ -236,7 +239,7 @@ class StatusHistory:
         :param height: number of lines of the terminal; 0 if there is no terminal.
         """
         rows = [status_row(agent) for agent in self.agents]
-        columns = [Column(title, flexible=title == "last error") for title in STATUS_COLUMNS]
+        columns = [Column(title, flexible=int(title == "last error")) for title in STATUS_COLUMNS]
         texts = table(columns, rows, width) if rows else [no_agent_text(self._arguments)]
         lines = [Line(text) for text in texts]
         for agent in self.agents:
@@ -267,12 +270,14 @@ class Top(StatusHistory):
         self._ends: Counter[tuple[tuple[str, int], str]] = Counter()
         self._busy: list[Busy] = []
         self._running: list[Row] = []
+        self._refusals: dict[tuple[str, int], str] = {}
 
     def poll(self) -> None:
         """Read the state, the counts and the running tasks of the agents."""
         before = self._polled_at
         super().poll()
         seconds = max(self._polled_at - before, 0.001)
+        self._refusals = {}
         selected = {agent_key(agent) for agent in self.agents if "error" not in agent}
         known, self._counts = set(self._counts), self._query(control.METRICS, selected)
         self._lags = {
@@ -306,12 +311,15 @@ class Top(StatusHistory):
     def document(self) -> Row:
         """Return the last sample as JSON types."""
         return {
-            "schema": 1,
             **super().document(),
             "home": str(configuration.home()),
             "busiest": [busy._asdict() for busy in self._busy],
             "running": self._running,
             "failures": [failure._asdict() for failure in self._failures()],
+            "refused": [
+                {"adapter": adapter, "pid": pid, "error": error}
+                for (adapter, pid), error in self._refusals.items()
+            ],
         }
 
     def lines(self, width: int, height: int) -> list[Line]:
@@ -328,13 +336,17 @@ class Top(StatusHistory):
         sections = [
             (_AGENT_COLUMNS, [self._agent_row(agent) for agent in agents]),
             (_BUSY_COLUMNS, [_busy_row(each) for each in busy]),
-            (_RUNNING_COLUMNS, [_running_row(task) for task in running]),
+            (_RUNNING_COLUMNS, running_rows(running, width)),
             (_FAILURE_COLUMNS, [_failure_row(each, self._sampled) for each in failures]),
         ]
-        left = height - _HEAD_LINES - _FOOT_LINES - _SECTION_LINES * len(sections)
+        notes = [
+            Line(f"no tasks and no counts of process {pid}: {error}", "bold red")
+            for (_, pid), error in self._refusals.items()
+        ][:MAX_NOTES]
+        left = height - _HEAD_LINES - _FOOT_LINES - _SECTION_LINES * len(sections) - len(notes)
         wanted = [len(rows) for _, rows in sections]
         shown = share(max(left, len(sections)), wanted) if height else [MAX_ROWS] * len(sections)
-        lines = [Line(self._title(), "bold")]
+        lines = [Line(self._title(), "bold"), *notes]
         for (columns, rows), number in zip(sections, shown, strict=True):
             head, *texts = table(columns, rows[:number], width)
             more = f"  (+{len(rows) - number})" if len(rows) > number else ""
@@ -375,12 +387,15 @@ class Top(StatusHistory):
         return [row for row in rows if any(wanted in text.lower() for text in texts(row))]
 
     def _query(self, verb: str, selected: set[tuple[str, int]]) -> dict[tuple[str, int], Row]:
-        """Return the answers of the selected agents that could answer."""
-        return {
+        """Return the answers of the selected agents, and keep the reasons of missing answers."""
+        answers = {
             agent_key(answer): answer
             for answer in control.query(verb, None, ANSWER_TIMEOUT)
-            if agent_key(answer) in selected and "error" not in answer
+            if agent_key(answer) in selected
         }
+        refused = {key: answer["error"] for key, answer in answers.items() if "error" in answer}
+        self._refusals |= refused
+        return {key: answer for key, answer in answers.items() if key not in refused}
 
     def _count(self, known: set[tuple[str, int]], seconds: float) -> list[Busy]:
         """Return the counts by task name, with the rates since the previous sample.
@@ -455,9 +470,42 @@ def _busy_row(busy: Busy) -> list[str]:
     return [busy.name, str(busy.running), f"{busy.rate:g}", *map(str, counts), runtime]
 
 
+def running_rows(tasks: Sequence[Row], width: int) -> list[list[str]]:
+    """Return a row for each running task.
+
+    If the rows are wider than ``width``, they omit the innermost function of the wait, then the
+    directories of the position, then its class. File, line and function remain.
+    """
+    rows = [_running_row(task) for task in tasks]
+    for shorter in (_without_inner_wait, _without_directories, _without_class):
+        if table_width(_RUNNING_COLUMNS, rows) <= width:
+            break
+        rows = [[age, name, *shorter(position, waiting)] for age, name, position, waiting in rows]
+    return rows
+
+
 def _running_row(task: Row) -> list[str]:
-    age, name, _, _, _, position, waiting_in = rows_of(task)[0]
-    return [age, name, position, waiting_in]
+    age, name, _, _, pid, position, waiting_in = rows_of(task)[0]
+    return [
+        age,
+        name,
+        f"(in child process {pid})" if position == IN_CHILD else position,
+        waiting_in,
+    ]
+
+
+def _without_inner_wait(position: str, waiting: str) -> tuple[str, str]:
+    return position, waiting.partition(" (")[0]
+
+
+def _without_directories(position: str, waiting: str) -> tuple[str, str]:
+    path, separator, function = position.partition(" in ")
+    return (path.rpartition("/")[2] if function else path) + separator + function, waiting
+
+
+def _without_class(position: str, waiting: str) -> tuple[str, str]:
+    path, separator, function = position.partition(" in ")
+    return path + separator + function.rpartition(".")[2], waiting
 
 
 def _failure_row(failure: TaskFailure, now: float) -> list[str]:

@@ -178,6 +178,49 @@ def test_screen_fits_into_terminal(view, width, height):
         assert any("SMTPServer" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("name", "position", "waiting", "shown"),
+    [
+        (
+            "shop.pay",
+            "shop/pay.py:88 in charge",
+            "requests.get (socket.recv)",
+            r"1 min  shop\.pay +shop/pay\.py:88 in charge +requests\.get \(socket\.recv\)",
+        ),
+        (
+            "shop.orders.tasks.collect_payment",
+            "shop/orders/tasks/payments.py:128 in Collector.collect_payment",
+            "subprocess.run (Popen.wait)",
+            r"1 min  …\S*collect_payment +payments\.py:128 in collect_payment +subprocess\.run$",
+        ),
+    ],
+)
+def test_narrow_screen_keeps_file_line_and_function(view, name, position, waiting, shown):
+    """In 80 columns file, line and function of a running task and the called function remain."""
+    task = running(name, 75.0) | {"position": position, "waiting_in": waiting}
+    (line,) = [
+        line for line in texts(view(one_agent(tasks=[task]))) if "88 in" in line or ":128" in line
+    ]
+    assert re.search(shown, line)
+    assert len(line) <= 80
+
+
+def test_task_in_child_shows_pid_of_child(view):
+    """A prefork task has no position; the pid of its child process is shown instead."""
+    task = {key: value for key, value in running("a", 5.0).items() if key != "position"}
+    assert any("(in child process 7)" in line for line in texts(view(one_agent(tasks=[task]))))
+
+
+def test_refused_requests_are_shown(view):
+    """An agent with ``Z4J_INSPECT=0`` is named, so that empty sections do not mislead."""
+    refusal = [{"adapter": "bare", "pid": 7, "error": "Z4J_INSPECT=0 forbids this request"}]
+    made = view({"status": [agent()], "tasks": refusal, "hub": refusal, "metrics": refusal})
+    assert (
+        texts(made)[1] == "no tasks and no counts of process 7: Z4J_INSPECT=0 forbids this request"
+    )
+    assert made.document()["refused"] == refusal
+
+
 def test_table_shortens_longest_flexible_column():
     """Only flexible columns are shortened, the longest first; the end shows it."""
     columns = (screen.Column("n", right=True), screen.Column("name", flexible=True))
