@@ -519,6 +519,127 @@ def test_concurrent_changes_are_serialised(control):
     assert effective(control)["hourly"] == changed[0]
 
 
+class Adapter:
+    """A scheduler's adapter: it checks every effective schedule as those of z4j 1.13 do."""
+
+    name = "beat"
+
+    def __init__(self, control, tasks):
+        self._control = control
+        self._tasks = tasks
+        for each in self.schedules().values():
+            self._validate(each)
+
+    def schedules(self):
+        return {each.name: each for each in self._control.resolve(CODE, owner=self.name)}
+
+    def _validate(self, schedule):
+        if schedule.task_name not in self._tasks:
+            raise KeyError("no such task")
+
+    def create(self, **definition):
+        return change(self._control, "create", validate=self._validate, **{**NEW, **definition})
+
+
+#: The tasks of the schedules in code.
+TASKS = {each.task_name for each in CODE}
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_created_schedule_without_task_has_no_effect(control, caplog):
+    """The host starts, one warning names the schedule and the cure, and the schedule is kept."""
+    made = Adapter(control, {*TASKS, "gone"}).create(task_name="gone")
+    again = NativeScheduleControl(control.path)
+    adapter = Adapter(again, TASKS)
+    assert set(adapter.schedules()) == {"hourly", "daily"}
+    (warning,) = messages(caplog)
+    assert "schedule 'new'" in warning
+    assert "of task 'gone' has no effect, because beat refuses it: 'no such task'" in warning
+    assert "define the task again, or create the schedule with the same name" in warning
+    assert made.external_id in stored(again)
+    adapter._tasks = {*TASKS, "gone"}
+    assert set(adapter.schedules()) == {"hourly", "daily", "new"}
+    assert "has an effect again" in messages(caplog)[1]
+    assert len(messages(caplog)) == 2
+
+
+def test_schedule_created_again_replaces_one_without_task(control):
+    """A refused schedule does not return beside a new schedule with its name."""
+    Adapter(control, {*TASKS, "gone"}).create(task_name="gone")
+    Adapter(control, {*TASKS, "gone"}).create(name="other", task_name="gone")
+    adapter = Adapter(NativeScheduleControl(control.path), TASKS)
+    made = adapter.create(task_name=CODE[0].task_name)
+    adapter._tasks = {*TASKS, "gone"}
+    found = adapter.schedules()
+    assert set(found) == {"hourly", "daily", "new", "other"}
+    assert found["new"] == made
+
+
+def test_refused_change_of_schedule_in_code_has_no_effect(control, caplog):
+    """If the adapter refuses the changed schedule, the code's schedule is effective."""
+    change(control, "update", "id:hourly", task_name="gone")
+    assert Adapter(control, TASKS).schedules()["hourly"] == CODE[0]
+    (warning,) = messages(caplog)
+    assert "the stored change of schedule 'id:hourly' has no effect" in warning
+    assert "change the schedule again in the dashboard" in warning
+    assert change(control, "update", "id:hourly", is_enabled=False).task_name == CODE[0].task_name
+
+
+def test_check_that_resolves_schedules_ends(control):
+    """An adapter may call ``resolve`` in its check."""
+
+    class Resolving(Adapter):
+        def _validate(self, schedule):
+            assert schedule.name in self.schedules()
+
+    control.resolve(CODE, owner="beat")
+    change(control, "create", **NEW)
+    assert set(Resolving(control, TASKS).schedules()) == {"hourly", "daily", "new"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "no database"])
+def test_damaged_file_is_named_with_cure(control, damage):
+    """The error about a damaged file is SQLite's; it names the file and what to do."""
+    change(control, "update", "id:hourly", is_enabled=False)
+    content = bytearray(control.path.read_bytes())
+    if damage == "truncated":
+        del content[len(content) // 2 :]
+    elif damage == "overwritten":
+        content[4096:8192] = b"x" * 4096
+    else:
+        content[:] = b"x" * len(content)
+    control.path.write_bytes(content)
+    with pytest.raises(
+        sqlite3.DatabaseError, match="restore it from a backup, or delete"
+    ) as caught:
+        effective(NativeScheduleControl(control.path))
+    assert str(control.path) in str(caught.value)
+
+
+def test_file_without_tables_gets_them(control):
+    """A process of z4j 1.13 that is killed at its first use leaves a file without tables."""
+    with closing(sqlite3.connect(control.path)) as connection, connection:
+        connection.execute("DROP TABLE identity")
+        connection.execute("DROP TABLE overrides")
+    again = NativeScheduleControl(control.path)
+    assert set(effective(again)) == {"hourly", "daily"}
+    assert change(again, "update", "id:hourly", is_enabled=False).is_enabled is False
+
+
+def test_locked_file_is_named_with_cure(control, monkeypatch):
+    """The error about a file that another process has locked names the file."""
+    monkeypatch.setattr(module, "BUSY_TIMEOUT", 0.01)
+    with closing(sqlite3.connect(control.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="database is locked; another process") as caught:
+            change(control, "update", "id:hourly", is_enabled=False)
+        other.execute("ROLLBACK")
+    assert str(control.path) in str(caught.value)
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(

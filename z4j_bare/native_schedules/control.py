@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
 import sqlite3
 import stat
 from _thread import RLock
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from z4j_bare.concurrency.fork import ForkGuard, open_file
 from z4j_bare.errors import ScheduleConflictError, ScheduleNotFoundError
 from z4j_bare.interfaces import INativeSchedules
 from z4j_bare.native_schedules.overrides import EDITABLE, Fields, Override, changes, decode, key_of
+from z4j_bare.native_schedules.refusals import Refusals
 
 logger = logging.getLogger("z4j.runtime.native_schedules")
 
@@ -51,10 +53,28 @@ _GROUP_AND_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 #: fork hook waits. It is reentrant, because ``validate`` may call ``resolve``.
 _fork_guard = ForkGuard(RLock)
 
-_TABLES = (
-    "CREATE TABLE identity (owner TEXT PRIMARY KEY)",
-    "CREATE TABLE overrides (key TEXT PRIMARY KEY, body TEXT NOT NULL)",
-)
+_TABLES = {
+    "identity": "CREATE TABLE IF NOT EXISTS identity (owner TEXT PRIMARY KEY)",
+    "overrides": "CREATE TABLE IF NOT EXISTS overrides (key TEXT PRIMARY KEY, body TEXT NOT NULL)",
+}
+
+#: What an operator can do about an error of SQLite, by its primary result code.
+_CURES = {
+    **dict.fromkeys(
+        (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB),
+        "the file is damaged: restore it from a backup, or delete it, which undoes all changes "
+        "that operators made to schedules",
+    ),
+    **dict.fromkeys(
+        (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+        "give the user of this process write access to the file and to its directory",
+    ),
+    **dict.fromkeys(
+        (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
+        f"another process has locked the file for more than {BUSY_TIMEOUT:g} s: try again",
+    ),
+    sqlite3.SQLITE_FULL: "free disk space",
+}
 
 #: Reads all rows as BLOB, because Python's sqlite3 module cannot read TEXT that is not UTF-8.
 _READ = "SELECT CAST(key AS BLOB), CAST(body AS BLOB) FROM overrides ORDER BY rowid"
@@ -69,10 +89,12 @@ class NativeScheduleControl:
     the code each time the scheduler reads the schedules. Only fields that differ from the code are
     stored, so every other field follows the code. The file has the format of z4j 1.13.
 
-    A row that cannot be read is logged once and ignored.
+    A row that cannot be read is logged once and ignored, and so is a row whose schedule the adapter
+    refuses, for example because its task is no longer in code.
 
     Any thread and process may use the object, because each call opens a connection. The constructor
-    and every method raise ``sqlite3.Error`` or ``OSError`` if the disk fails.
+    and every method raise ``sqlite3.Error`` or ``OSError`` if the file is damaged or the disk
+    fails.
 
     :param path: path of the file. A missing file is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
@@ -81,6 +103,7 @@ class NativeScheduleControl:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser().absolute()
         self._reported: set[tuple[str, str]] = set()
+        self._refusals = Refusals()
         self._create()
         with self._connected():
             pass
@@ -92,12 +115,14 @@ class NativeScheduleControl:
         :param owner: the scheduler's name.
         :raises ValueError: the file belongs to another scheduler.
         """
+        frame = inspect.currentframe()
+        self._refusals.learn(self, owner, frame and frame.f_back)
         with self._connected() as connection:
             _check_owner(connection, owner)
-            stored = _StoredSchedules(connection, baseline, owner)
+            stored = _StoredSchedules(connection, baseline, owner, self._refusals)
             if stored.rows_to_migrate():
                 _try_migrate(connection, baseline, owner)
-        self._report(stored.problems)
+        self._report(stored.problems, stored.effective)
         return list(stored.effective.values())
 
     def mutate(
@@ -132,7 +157,7 @@ class NativeScheduleControl:
         with self._connected() as connection:
             connection.execute("BEGIN IMMEDIATE")
             _claim(connection, owner)
-            stored = _StoredSchedules(connection, baseline, owner)
+            stored = _StoredSchedules(connection, baseline, owner, self._refusals)
             before: Schedule | None = None
             after: Schedule | None = None
             if schedule_id is not None:
@@ -144,11 +169,12 @@ class NativeScheduleControl:
                 key, override, after = stored.changed(fields)
                 _reject_duplicate_name(after, stored.effective.values())
                 validate(after)
+                stored.delete_refused(after.name)
             stored.migrate()
             _write(connection, key, override)
             _check_limits(connection)
             connection.execute("COMMIT")
-        self._report(stored.problems)
+        self._report(stored.problems, stored.effective)
         return after
 
     def _create(self) -> None:
@@ -172,43 +198,50 @@ class NativeScheduleControl:
                 sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
             ) as connection,
         ):
-            _prepare(connection, self.path)
             try:
+                _prepare(connection, self.path)
                 yield connection
+            except sqlite3.Error as error:
+                raise _explained(error, self.path) from error
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
 
-    def _report(self, problems: Iterable[tuple[str, str]]) -> None:
-        """Log each problem of a row once.
+    def _report(self, problems: Iterable[tuple[str, str]], effective: Collection[str]) -> None:
+        """Log each problem of a row once, and its end if the schedule is effective then.
 
         Must be called without the fork guard, because a log handler may wait for a lock of the hub.
         """
+        present = set(problems)
+        for key in {key for key, _ in self._reported} - {key for key, _ in present}:
+            self._reported = {each for each in self._reported if each[0] != key}
+            if key in effective:
+                logger.warning("z4j: %s: schedule %r has an effect again", self.path, key)
         for key, problem in problems:
             if (key, problem) not in self._reported:
                 self._reported.add((key, problem))
-                logger.warning(
-                    "z4j: %s: the stored change of schedule %r %s; "
-                    "change the schedule again in the dashboard",
-                    self.path,
-                    key,
-                    problem,
-                )
+                logger.warning("z4j: %s: %s", self.path, problem)
 
 
 class _StoredSchedules:
     """The rows of the file, merged with the schedules in code."""
 
     def __init__(
-        self, connection: sqlite3.Connection, baseline: list[Schedule], owner: str
+        self,
+        connection: sqlite3.Connection,
+        baseline: list[Schedule],
+        owner: str,
+        refusals: Refusals,
     ) -> None:
         self._connection = connection
         self._owner = owner
+        self._refusals = refusals
         self._baseline = {key_of(each): each for each in baseline}
         #: The effective schedules by key.
         self.effective = dict(self._baseline)
         #: Key and problem of each row that is ignored as a whole or in part.
         self.problems: list[tuple[str, str]] = []
+        self._refused: dict[str, Schedule] = {}
         self._overrides = dict(self._read())
 
     def _read(self) -> Iterator[tuple[str, Override]]:
@@ -218,17 +251,40 @@ class _StoredSchedules:
             try:
                 override = decode(body, key, base, self._owner)
                 if override.is_effective(base):
-                    self.effective[key] = override.apply(base, key, self._owner)
+                    self._add(key, override.apply(base, key, self._owner))
                 else:
                     self.effective.pop(key, None)
             except (ValueError, RecursionError) as error:
                 problem = f"cannot be read and is ignored: {_describe(error):.200}"
-                self.problems.append((key, problem))
+                self._add_problem(key, problem, "change" if base else "create")
                 continue
             if override.ignored:
                 names = ", ".join(override.ignored)
-                self.problems.append((key, f"has unknown fields, which are ignored: {names:.200}"))
+                problem = f"has unknown fields, which are ignored: {names:.200}"
+                self._add_problem(key, problem, "change")
             yield key, override
+
+    def _add(self, key: str, schedule: Schedule) -> None:
+        """Make a changed or created schedule effective, unless the adapter refuses it."""
+        error = self._refusals.reason(schedule)
+        if error is None:
+            self.effective[key] = schedule
+            return
+        self._refused[key] = schedule
+        reason = f"because {self._owner} refuses it: {_describe(error):.200}"
+        if key in self._baseline:
+            self._add_problem(key, f"has no effect, {reason}", "change")
+        else:
+            problem = (
+                f"schedule {schedule.name!r} ({key}) of task {schedule.task_name!r} has no effect, "
+                f"{reason}; define the task again, or create the schedule with the same name and "
+                "another task in the dashboard"
+            )
+            self.problems.append((key, problem))
+
+    def _add_problem(self, key: str, problem: str, cure: str) -> None:
+        row = f"the stored change of schedule {key!r}"
+        self.problems.append((key, f"{row} {problem}; {cure} the schedule again in the dashboard"))
 
     def rows_to_migrate(self) -> bool:
         """Return whether an earlier release of this package has written some of the rows."""
@@ -240,6 +296,16 @@ class _StoredSchedules:
             if override.migrate:
                 empty = not (override.patch or override.created or override.deleted)
                 _write(self._connection, key, None if empty else override)
+
+    def delete_refused(self, name: str) -> None:
+        """Delete the created schedules with this name that the adapter refuses.
+
+        They would be effective again, beside the new schedule, as soon as the adapter accepts them.
+        """
+        for key, schedule in self._refused.items():
+            if schedule.name == name and key not in self._baseline:
+                _write(self._connection, key, None)
+                del self._overrides[key]
 
     def deleted(self, key: str) -> tuple[str, Override | None]:
         """Return key and override of a deletion. A schedule that is not in code leaves no row."""
@@ -279,7 +345,7 @@ def _try_migrate(connection: sqlite3.Connection, baseline: list[Schedule], owner
     connection.execute("PRAGMA busy_timeout = 0")
     with suppress(sqlite3.OperationalError):
         connection.execute("BEGIN IMMEDIATE")
-        _StoredSchedules(connection, baseline, owner).migrate()
+        _StoredSchedules(connection, baseline, owner, Refusals()).migrate()
         connection.execute("COMMIT")
 
 
@@ -309,20 +375,36 @@ def _check_limits(connection: sqlite3.Connection) -> None:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    """Create the tables of a new file, or check that an existing file is a schedule file."""
-    if _header(connection) == (0, 0):
+    """Create the missing tables, or raise ``ValueError`` if the file is not a schedule file.
+
+    A process of z4j 1.13 that is killed at its first use leaves a file without tables.
+    """
+    if _header(connection) == (0, 0) or not _has_tables(connection):
         connection.execute("BEGIN IMMEDIATE")
-        if (
-            _header(connection) == (0, 0)
-            and not connection.execute("SELECT 1 FROM sqlite_master").fetchone()
-        ):
-            for table in _TABLES:
-                connection.execute(table)
+        if _header(connection) == (0, 0) and not _tables(connection):
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
+        if _header(connection) == (APPLICATION_ID, VERSION):
+            for table in _TABLES.values():
+                connection.execute(table)
         connection.execute("COMMIT")
     if _header(connection) != (APPLICATION_ID, VERSION):
         raise ValueError(f"{path} is not a schedule file of version {VERSION}: choose another path")
+
+
+def _has_tables(connection: sqlite3.Connection) -> bool:
+    return _tables(connection) >= _TABLES.keys()
+
+
+def _tables(connection: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+
+
+def _explained(error: sqlite3.Error, path: Path) -> sqlite3.Error:
+    """Return the error with the path of the file, and what an operator can do about it."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF  # the primary result code
+    cure = _CURES.get(code, "check the file and its directory")
+    return type(error)(f"schedule file {path}: {error}; {cure}")
 
 
 def _header(connection: sqlite3.Connection) -> tuple[int, int]:
