@@ -46,6 +46,7 @@ status.json    the state of every agent of this Z4J_HOME
 buffers.json   rows, bytes and losses of every buffer, without the rows
 tasks.json     the running tasks and their stacks, without arguments and without values of variables
 hub.json       the lag of every hub, and the code that held it
+metrics.json   the counts of tasks by name, queue and end, and the classes of the last failures
 agents.json    settings and loaded versions of every agent
 log-*.txt      the last lines that an agent logged, at the log level of its process
 
@@ -91,6 +92,7 @@ def write(file: BinaryIO, arguments: argparse.Namespace, doctor: dict[str, Any])
         "buffers.json": _collect(_buffers),
         "tasks.json": _collect(_query, control.TASKS, {"stack": True}),
         "hub.json": _collect(_query, control.HUB),
+        "metrics.json": _collect(_query, control.METRICS),
     }
     agents = _collect(_query, control.LOG)
     texts = {"README.txt": README}

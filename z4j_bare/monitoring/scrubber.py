@@ -38,20 +38,26 @@ _SECRET_NAME = re.compile(
 #: Names of variables that match :data:`_SECRET_NAME`, but whose value is a path or a pattern.
 _PATH_NAME = re.compile(r"_(?:FILE|PATH|DIR|PATTERNS)$", re.IGNORECASE)
 
-#: The password of a URL, up to the last ``@`` of the word.
-_URL_PASSWORD = re.compile(r"(://[^\s/:@'\"]*):([^\s'\"]+)@")
-
-#: The value of an ``Authorization`` header.
-_HEADER = re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
-
-#: An assignment such as the ``password=...`` of a database's connection string.
-_ASSIGNMENT = re.compile(r"\b(\w*(?:password|passwd|pwd)\"?\s*[=:]\s*)[^\s,;&]+", re.IGNORECASE)
-
-#: Texts whose form shows that they contain a secret, and what replaces them.
-_PATTERNS = (
-    (_URL_PASSWORD, rf"\1:{MASK}@"),
-    (_HEADER, rf"\1 {MASK}"),
-    (_ASSIGNMENT, rf"\1{MASK}"),
+#: The forms of texts that contain a secret. The group ``secret`` is replaced.
+_FORMS = (
+    # The password of a URL, up to the last ``@`` of the word.
+    re.compile(r"://[^\s/:@'\"]*:(?P<secret>[^\s'\"]+)@"),
+    # The user's name in a URL without a password, if it is long enough to be a key.
+    re.compile(r"://(?P<secret>[^\s/:@'\"]{16,})@"),
+    # The value of an ``Authorization`` header.
+    re.compile(r"\b(?:Bearer|Basic)\s+(?P<secret>[\w.~+/=-]{8,})", re.IGNORECASE),
+    # An assignment such as the ``password=...`` of a database's connection string.
+    re.compile(
+        r"\b\w*(?:password|passwd|pwd)\"?\s*[=:]\s*(?P<secret>[^\s,;&]+)",
+        re.IGNORECASE,
+    ),
+    # An assignment such as the ``access_token=...`` of a URL. The lengths are limited, because the
+    # time of a search would grow with the square of the text's length.
+    re.compile(
+        r"\b\w{0,40}(?:token|secret|api_?key|access_?key|credential|signature)\w{0,40}"
+        r"(?<!_FILE)(?<!_PATH)=(?P<secret>[^\s,;&'\"]+)",
+        re.IGNORECASE,
+    ),
 )
 
 
@@ -62,17 +68,17 @@ class Scrubber:
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        forms = {form for secret in secrets for form in _forms(secret) if len(form) >= MIN_CHARS}
-        # The longest form comes first. If a shorter form that it contains were replaced first, the
-        # rest of the longer form would remain.
-        self._forms = sorted(forms, key=len, reverse=True)
+        encoded = {each for secret in secrets for each in _encode(secret) if len(each) >= MIN_CHARS}
+        # The longest text comes first. If a shorter text that it contains were replaced first, the
+        # rest of the longer text would remain.
+        self._encoded = sorted(encoded, key=len, reverse=True)
 
     def text(self, text: str) -> str:
         """Return ``text`` without secrets."""
-        for form in self._forms:
-            text = text.replace(form, MASK)
-        for pattern, replacement in _PATTERNS:
-            text = pattern.sub(replacement, text)
+        for encoded in self._encoded:
+            text = text.replace(encoded, MASK)
+        for form in _FORMS:
+            text = form.sub(_mask, text)
         return text
 
     def document(self, value: V) -> V:
@@ -102,21 +108,26 @@ def configured_secrets(config: Config, settings: Settings) -> list[str]:
 def environment_secrets(environment: Mapping[str, str] | None = None) -> list[str]:
     """Return the secrets in the environment.
 
-    These are the values of variables whose names suggest a secret, the passwords in URLs, and the
-    contents of ``Z4J_TOKEN_FILE`` and ``Z4J_HMAC_SECRET_FILE``.
+    These are the values of variables whose names suggest a secret, the passwords and keys in URLs
+    and in connection strings, and the contents of ``Z4J_TOKEN_FILE`` and ``Z4J_HMAC_SECRET_FILE``.
     """
     secrets = []
     for name, value in (os.environ if environment is None else environment).items():
         if _SECRET_NAME.search(name) and not _PATH_NAME.search(name):
             secrets.append(value)
-        secrets += (password for _, password in _URL_PASSWORD.findall(value))
+        secrets += (match["secret"] for form in _FORMS for match in form.finditer(value))
         if name in ("Z4J_TOKEN_FILE", "Z4J_HMAC_SECRET_FILE"):
             with suppress(HostConfigurationError):
                 secrets.append(read_secret(Path(value).expanduser(), name))
     return secrets
 
 
-def _forms(secret: str) -> Iterator[str]:
+def _mask(match: re.Match[str]) -> str:
+    start, end = (place - match.start() for place in match.span("secret"))
+    return f"{match[0][:start]}{MASK}{match[0][end:]}"
+
+
+def _encode(secret: str) -> Iterator[str]:
     """Yield a secret in the encodings in which a log or an address may contain it."""
     texts = {secret, secret.strip(), unquote(secret)}
     raws = {text.encode(errors="surrogateescape") for text in texts}

@@ -17,8 +17,17 @@ from tests.support.environment import set_connection
 from tests.support.peer import SECRET, SECRET_TEXT, TOKEN
 from tests.support.processes import run_command
 from z4j_bare.cli import bundle, main
+from z4j_bare.errors import HostConfigurationError
 
 PASSWORD = "hunter2-of-the-broker"
+
+#: Secrets of variables and of addresses, and the variables that contain them.
+VARIABLES = {
+    "key-of-the-payments": ("STRIPE_API_KEY", "{}"),
+    "token-of-the-queue": ("QUEUE_URL", "https://queue.example.com/jobs?access_token={}&wait=20"),
+    "pw-of-the-results": ("CELERY_RESULT_BACKEND", "redis://cache/1?password={}"),
+    "0123456789abcdef0123": ("ERRORS_URL", "https://{}@errors.example.com/42"),
+}
 
 SECRETS = (
     TOKEN,
@@ -27,6 +36,7 @@ SECRETS = (
     base64.b64encode(SECRET).decode().rstrip("="),
     PASSWORD,
     quote(PASSWORD),
+    *VARIABLES,
 )
 
 
@@ -45,6 +55,8 @@ def brain(backend, monkeypatch):
     made = CombinedPeer(backend)
     set_connection(monkeypatch, made.url)
     monkeypatch.setenv("CELERY_BROKER_URL", f"amqp://shop:{PASSWORD}@rabbit/orders")
+    for secret, (name, text) in VARIABLES.items():
+        monkeypatch.setenv(name, text.format(secret))
     yield made
     made.stop()
 
@@ -59,6 +71,16 @@ def test_bundle_describes_running_agent_without_secrets(brain, until, tmp_path):
         for secret in SECRETS:
             log.warning("z4j: a line with %s", secret)
         log.warning("z4j: a task failed: %s", ValueError("4929-1234"))
+        for secret, (_, text) in VARIABLES.items():
+            log.warning("z4j: cannot use %s", text.format(secret))
+            try:
+                raise HostConfigurationError(text.format(secret)) from ValueError(secret)
+            except HostConfigurationError:
+                log.exception("z4j: a start failed")
+        try:
+            raise RuntimeError("4929-1234")
+        except RuntimeError:
+            log.exception("z4j: a task failed with a traceback")
         code, text = run_command(until, "doctor", "--bundle", str(path))
     assert code == 0, text
     assert f"files to {path}" in text
@@ -73,6 +95,7 @@ def test_bundle_describes_running_agent_without_secrets(brain, until, tmp_path):
         "doctor.json",
         "hub.json",
         log_file,
+        "metrics.json",
         "settings.json",
         "status.json",
         "tasks.json",
@@ -81,7 +104,7 @@ def test_bundle_describes_running_agent_without_secrets(brain, until, tmp_path):
     assert documents["doctor.json"]["ok"] is True
     assert documents["settings.json"]["project_id"] == "p"
     assert documents["settings.json"]["hmac_secret"] == "set"
-    for name in ("agents.json", "status.json", "tasks.json", "hub.json"):
+    for name in ("agents.json", "status.json", "tasks.json", "hub.json", "metrics.json"):
         (agent,) = documents[name]
         assert (agent["pid"], "error" in agent) == (os.getpid(), False)
     assert documents["agents.json"][0]["settings"]["project_id"] == "demo"
@@ -91,6 +114,8 @@ def test_bundle_describes_running_agent_without_secrets(brain, until, tmp_path):
         SECRETS
     )
     assert "a task failed: ValueError\n" in found[log_file]
+    assert "RuntimeError\n  unit/cli/test_bundle.py:" in found[log_file]
+    assert "cannot use redis://cache/1?password=***\n" in found[log_file]
     whole = "".join(found.values())
     assert [secret for secret in (*SECRETS, "4929-1234") if secret in whole] == []
 
