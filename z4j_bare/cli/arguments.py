@@ -19,6 +19,13 @@ SECRET_OPTIONS = frozenset({"--token", "--hmac-secret"})
 #: Replaces a word of the command line in an error.
 HIDDEN = "[hidden]"
 
+#: An error about a word in the place of a command. A misspelt command is shown; any other word may
+#: be a secret after an option without its dashes.
+_NO_COMMAND = re.compile(
+    r"(argument (?:COMMAND|ACTION): invalid choice: )(?!'[a-z-]{1,20}' ).*(?= \(choose from)",
+    re.DOTALL,
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` that accepts no abbreviations and whose errors contain no secrets.
@@ -53,6 +60,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(
             r"ignored explicit argument .*", "takes no value", message, flags=re.DOTALL
         )
+        message = _NO_COMMAND.sub(rf"\1{HIDDEN}", message)
         secrets = _secrets(self._words, self._option_string_actions) - set(_choices(self))
         for word in sorted(secrets, key=len, reverse=True):
             message = message.replace(repr(word), HIDDEN)

@@ -116,8 +116,10 @@ def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
             continue
         path = next((path for path in paths if _is_named(path, name)), None)
         if path is None:
+            # A word that is no file name may be a secret after a misspelt flag.
+            shown = repr(name) if name.endswith(".sqlite") else "with that name (not shown)"
             raise HostConfigurationError(
-                f"there is no store {name!r}: `z4j-bare buffer list` shows all stores"
+                f"there is no store {shown}: `z4j-bare buffer list` shows all stores"
             )
         selected.append(path)
     if arguments.stores:

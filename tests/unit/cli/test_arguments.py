@@ -83,6 +83,14 @@ def test_secret_may_begin_with_dash(flag, monkeypatch, capsys):
         "doctr --hmac-secret VALUE",
         "--log-level LOUD --token VALUE version",
         "-VALUE",
+        "VALUE doctor",
+        "Z4J_HMAC_SECRET=VALUE doctor",
+        "\u2014hmac-secret=VALUE doctor",
+        "hmac-secret=VALUE doctor",
+        "buffer VALUE",
+        "buffer list VALUE",
+        "buffer list \u2014token=VALUE",
+        "buffer export -- VALUE",
     ],
 )
 def test_output_never_shows_secret(words, monkeypatch, capsys, caplog):
@@ -95,7 +103,7 @@ def test_output_never_shows_secret(words, monkeypatch, capsys, caplog):
             assert run(argv) in (1, 2)
         output = str(capsys.readouterr()) + caplog.text
         assert VALUE not in output
-        assert any(word in output for word in ("error", "FAIL", "usage: "))
+        assert any(word in output for word in ("error", "FAIL", "usage: ", "no store"))
 
 
 def test_misspelt_flag_is_named(capsys):
