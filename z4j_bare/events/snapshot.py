@@ -15,6 +15,8 @@ import uuid
 from itertools import islice
 from typing import Any
 
+from z4j_bare.safety import is_control_flow
+
 #: Maximum total characters of one snapshot. Redacting ten strings of 8 KB each would take 36 ms.
 MAX_CHARS = 16 * 1024
 
@@ -45,6 +47,9 @@ _AS_TEXT = (
     pathlib.WindowsPath,
 )
 _CONTAINERS = (dict, list, tuple, set, frozenset)
+
+#: The attributes of every class, which a metaclass may redefine.
+_MODULE, _QUALNAME = type.__dict__["__module__"], type.__dict__["__qualname__"]
 
 
 class TruncatedStr(str):
@@ -88,6 +93,16 @@ class OpaqueStr(str):
     __slots__ = ()
 
 
+def class_name(kind: type) -> str:
+    """Return the module and the name of a class without running code of its metaclass."""
+    name: str = _QUALNAME.__get__(kind)
+    try:
+        module = _MODULE.__get__(kind)
+    except AttributeError:
+        return name
+    return f"{module}.{name}" if type(module) is str else name
+
+
 def snapshot(value: Any) -> Any:
     """Return a bounded copy of ``value``. Strings over the limit become :class:`TruncatedStr`."""
     kind = type(value)
@@ -111,21 +126,34 @@ class _Copier:
             return value
         # isinstance() is not used, because it reads value.__class__, which may run the host's code.
         kind = type(value)
-        if issubclass(kind, enum.Enum):
-            return self.text(f"{kind.__name__}.{value._name_}")
-        if issubclass(kind, str):
-            return self.text(value)
-        if issubclass(kind, int):
-            number = int.__int__(value)
-            bits = number.bit_length()
-            return number if bits <= MAX_INT_BITS else OpaqueStr(f"<int of {bits} bits>")
-        if issubclass(kind, float):
-            return float.__float__(value)
-        if issubclass(kind, _CONTAINERS):
-            return self.container(value, kind, depth - 1)
-        if kind in _AS_TEXT:
-            return self.typed_text(value)
-        return OpaqueStr(f"<{kind.__module__}.{kind.__qualname__}>")
+        try:
+            if issubclass(kind, enum.Enum):
+                return self.member(value, kind)
+            if issubclass(kind, str):
+                return self.text(value)
+            if issubclass(kind, int):
+                number = int.__int__(value)
+                bits = number.bit_length()
+                return number if bits <= MAX_INT_BITS else OpaqueStr(f"<int of {bits} bits>")
+            if issubclass(kind, float):
+                return float.__float__(value)
+            if issubclass(kind, _CONTAINERS):
+                return self.container(value, kind, depth - 1)
+            if kind in _AS_TEXT:
+                return self.typed_text(value)
+        except Exception as error:
+            # The text of a datetime runs the code of its tzinfo. An error in one value must not
+            # cost the event, because the event also has the task's state.
+            if is_control_flow(error):
+                raise
+        return OpaqueStr(f"<{class_name(kind)}>")
+
+    def member(self, value: Any, kind: type) -> str:
+        # A combination of flags without a name has the name None.
+        name = object.__getattribute__(value, "_name_")
+        if name is None:
+            name = object.__getattribute__(value, "_value_")
+        return self.text(f"{class_name(kind).rpartition('.')[2]}.{name}")
 
     def text(self, value: str) -> str:
         length = str.__len__(value)

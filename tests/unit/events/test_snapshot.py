@@ -9,6 +9,7 @@ import time
 import uuid
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,6 +84,69 @@ class UncallableObject:
 def test_snapshot_runs_no_host_code():
     """An object is replaced by its class's name without a call of its methods."""
     assert snapshot([UncallableObject()]) == [f"<{__name__}.UncallableObject>"]
+
+
+class FailingMeta(type):
+    """A metaclass whose classes cannot tell their name."""
+
+    __module__ = property(lambda cls: 1 / 0)
+
+    def __getattribute__(cls, name):
+        raise AssertionError(name)
+
+
+class FailingZone(dt.tzinfo):
+    def utcoffset(self, _moment):
+        raise ValueError
+
+    dst = tzname = utcoffset
+
+
+class FailingMember(enum.Enum):
+    ONE = 1
+
+    def __str__(self):
+        raise AssertionError
+
+    __repr__ = __format__ = __str__
+
+
+class Permission(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+def test_value_that_raises_costs_itself_alone():
+    """A value whose text or class raises is replaced by its class's name; the others are copied."""
+    failing = FailingMeta("Failing", (), {"__module__": "shop"})
+    values = [
+        dt.datetime(2026, 1, 2, tzinfo=FailingZone()),
+        type.__call__(failing),
+        FailingMember.ONE,
+        {"deep": [dt.datetime(2026, 1, 2, tzinfo=FailingZone()), 1]},
+    ]
+    assert snapshot(values) == [
+        "<datetime.datetime>",
+        "<shop.Failing>",
+        "FailingMember.ONE",
+        {"deep": ["<datetime.datetime>", 1]},
+    ]
+
+
+def test_time_limit_inside_snapshot_propagates():
+    """A time limit that expires while a value is copied reaches the task."""
+
+    class LimitedZone(dt.tzinfo):
+        def utcoffset(self, _moment):
+            raise SoftTimeLimitExceeded
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        snapshot([dt.datetime(2026, 1, 2, tzinfo=LimitedZone())])
+
+
+def test_unnamed_flags_have_their_value():
+    """A combination of flags without a name is shown by its number."""
+    assert snapshot([Permission(8), Permission.READ]) == ["Permission.8", "Permission.READ"]
 
 
 def test_snapshot_reads_subclasses_by_their_base():

@@ -59,9 +59,10 @@ def hides(value: object, text: object) -> bool:
 
 
 def carry_over(headers: dict[str, Any], body: object) -> None:
-    """Copy the author's ``argsrepr`` and ``kwargsrepr`` to the message that retries a task.
+    """Copy the author's ``argsrepr`` and ``kwargsrepr`` to a message that continues the task.
 
-    ``Task.retry()`` omits these texts.
+    ``Task.retry()`` omits these texts, and so does ``Task.replace()``. The message of a replacement
+    gets a text only if it has the same arguments as the replaced task.
     If the task has set a text in the new message, that text is kept.
 
     :param headers: the headers of the new message; changed in place.
@@ -70,19 +71,19 @@ def carry_over(headers: dict[str, Any], body: object) -> None:
     from celery import current_task
 
     request = getattr(current_task, "request", None)
-    if (
-        request is None
-        or headers.get("id") != request.id
-        or headers.get("task") != current_task.name
-        or not isinstance(body, tuple | list)
-    ):
+    if request is None or headers.get("id") != request.id or not isinstance(body, tuple | list):
         return
+    is_replacement = headers.get("task") != current_task.name
     for field, own, sent in (
         ("argsrepr", list(request.args or ()), list(body[0])),
         ("kwargsrepr", dict(request.kwargs or {}), dict(body[1])),
     ):
         text = getattr(request, field, None)
-        if hides(snapshot(own), text) and not hides(snapshot(sent), headers.get(field)):
+        if (
+            hides(snapshot(own), text)
+            and not hides(snapshot(sent), headers.get(field))
+            and not (is_replacement and snapshot(sent) != snapshot(own))
+        ):
             headers[field] = text
 
 

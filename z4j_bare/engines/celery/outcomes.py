@@ -10,7 +10,7 @@ from traceback import format_exception
 from typing import Any
 
 from z4j_bare.engines.celery.task_state import FAILED, RETRIED, REVOKED, RunKey
-from z4j_bare.events.snapshot import snapshot
+from z4j_bare.events.snapshot import class_name, snapshot
 
 #: Maximum characters of a traceback that are captured. The encoder sends the first 4,096.
 CAPTURED_TRACEBACK_CHARS = 5120
@@ -35,7 +35,7 @@ def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
     :param traceback: the text of the traceback. For any other type, the traceback of ``exception``
         is formatted.
     """
-    name, reason = type(exception).__name__, exception
+    name, reason = _short_name(type(exception)), exception
     if is_reject(exception):
         reason = getattr(exception, "reason", None)
     elif name == "UnpickleableExceptionWrapper":
@@ -44,11 +44,24 @@ def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
         name = str(getattr(exception, "exc_cls_name", name))
         reason = BaseException(*getattr(exception, "exc_args", None) or ())
     fields = {"exception": name, "exception_message": snapshot(text_of(reason))}
-    if not isinstance(traceback, str) and isinstance(exception, BaseException):
-        traceback = "".join(format_exception(exception)) if exception.__traceback__ else None
+    if not isinstance(traceback, str):
+        traceback = _formatted(exception)
     if isinstance(traceback, str):
         fields["traceback"] = traceback[:CAPTURED_TRACEBACK_CHARS]
     return fields
+
+
+def _formatted(exception: object) -> str | None:
+    """Return the formatted traceback of ``exception``, or ``None`` if it has none."""
+    try:
+        has_frames = isinstance(exception, BaseException) and exception.__traceback__ is not None
+        return "".join(format_exception(exception)) if has_frames else None
+    except Exception:  # the exception's class redefines __class__, __traceback__ or __cause__
+        return None
+
+
+def _short_name(kind: type) -> str:
+    return class_name(kind).rpartition(".")[2]
 
 
 def retry_fields(request: object, reason: object) -> dict[str, Any]:
@@ -108,14 +121,15 @@ def is_reject(error: object) -> bool:
     """
     from celery.exceptions import Reject
 
-    return isinstance(error, Reject)
+    # isinstance() would read error.__class__, which the exception's class may redefine.
+    return issubclass(type(error), Reject)
 
 
 def is_retry(error: object) -> bool:
     """Whether ``error`` is Celery's ``Retry``."""
     from celery.exceptions import Retry
 
-    return isinstance(error, Retry)
+    return issubclass(type(error), Retry)
 
 
 def run_key(request: object) -> RunKey:
@@ -135,7 +149,7 @@ def is_replacement(ignore: object) -> bool:
     """Whether ``self.replace()`` raised ``ignore``. If so, the task continues under the same id."""
     from celery.app.task import Task
 
-    step = getattr(ignore, "__traceback__", None)
+    step = _read(ignore, "__traceback__")
     while step is not None:
         if step.tb_frame.f_code is Task.replace.__code__:
             return True
@@ -177,10 +191,18 @@ def is_reported(error: BaseException | None, task_id: str) -> bool:
     for _ in range(_MAX_CONTEXT):
         if error is None:
             break
-        if getattr(error, _REPORTED, None) == task_id:
+        if _read(error, _REPORTED) == task_id:
             return True
-        error = error.__context__
+        error = _read(error, "__context__")
     return False
+
+
+def _read(error: object, name: str) -> Any:
+    """Return an attribute, or ``None`` if it is missing or the class's code to read it fails."""
+    try:
+        return getattr(error, name, None)
+    except Exception:
+        return None
 
 
 def text_of(value: object) -> str:
@@ -188,4 +210,4 @@ def text_of(value: object) -> str:
     try:
         return str(value)
     except Exception:
-        return f"<{type(value).__name__} whose text fails>"
+        return f"<{_short_name(type(value))} whose text fails>"

@@ -252,6 +252,36 @@ def test_unpicklable_exception_has_its_own_class(app, run):
     assert (run.last["exception"], run.last["exception_message"]) == ("UnpicklableError", "broken")
 
 
+def _failing(*_args):
+    raise RuntimeError("the exception's class fails")
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"__str__": _failing},
+        {"__str__": lambda _self: 5},
+        {"__class__": property(_failing)},
+        {"__traceback__": property(_failing)},
+        {"__context__": property(_failing)},
+        {"__getattr__": _failing},
+        {"_z4j_reported": property(_failing)},
+        {"__eq__": _failing, "__hash__": None},
+        {"__bool__": _failing, "__len__": _failing},
+    ],
+    ids=lambda members: "-".join(members),
+)
+def test_exception_whose_class_fails_is_failure(run, members):
+    """A failure is reported with its class, whatever the code of that class raises."""
+    error = type("OddError", (Exception,), members)("text")
+    run.receive("shop.fail")
+    task = run.app.tasks["shop.fail"]
+    signals.task_prerun.send(sender=task, task_id="t1", task=task)
+    signals.task_failure.send(sender=task, task_id="t1", exception=error, einfo=None)
+    assert run.kinds == ["received", "started", "failed"]
+    assert run.last["exception"] == "OddError"
+
+
 def test_requeue_after_early_ack_is_failure(run):
     """A message that was acknowledged early cannot return to its queue: the task has failed."""
     run.run("shop.requeue_early")

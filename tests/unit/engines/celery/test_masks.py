@@ -178,3 +178,38 @@ def test_retry_keeps_masks(own):
     assert sent[1][1] == "{'card': '1234'}"
     assert sent[1][0] in {second, "('4929',)"}
     assert sent[2][0] == "('4929',)"
+
+
+@pytest.mark.parametrize(
+    ("args", "texts"),
+    [(("4929",), ("(<hidden>,)", "{'card': '****'}")), (("other",), ("('other',)", "{}"))],
+    ids=["same", "other"],
+)
+def test_replacement_with_same_arguments_keeps_masks(args, texts):
+    """``Task.replace()`` sends the texts of the replaced task with the same arguments."""
+    sent = []
+
+    def keep(headers, **_kwargs):
+        sent.append((headers["argsrepr"], headers["kwargsrepr"]))
+
+    with memory_app() as app:
+
+        @app.task(shared=False, name="shop.final")
+        def final(*_args, **_kwargs):
+            pass
+
+        @app.task(shared=False, name="shop.first", bind=True)
+        def first(self, *_args, **kwargs):
+            raise self.replace(final.s(*args, **(kwargs if args == ("4929",) else {})))
+
+        capture = CeleryCapture(CeleryEngineAdapter(celery_app=app), lambda _: None, "w@h")
+        capture.connect()
+        before_task_publish.connect(keep)
+        try:
+            request = {"id": "t1", "delivery_info": {}, "argsrepr": "(<hidden>,)"}
+            request["kwargsrepr"] = "{'card': '****'}"
+            trace_task(first, "t1", ["4929"], {"card": "1234"}, request, app=app)
+        finally:
+            before_task_publish.disconnect(keep)
+            capture.disconnect()
+    assert sent == [texts]
