@@ -17,10 +17,10 @@ _consumer: Consumer | None = None
 _is_celery_worker = False
 _importing_application = False
 
-#: Short-lived sub-commands of ``celery``.
+#: Short-lived sub-commands of ``celery``, and the monitor Flower.
 #: An agent in such a process would leave a stale worker in the brain.
 _INSPECTION_COMMANDS = frozenset({
-    "amqp", "call", "control", "events", "graph", "inspect", "list", "logtool",
+    "amqp", "call", "control", "events", "flower", "graph", "inspect", "list", "logtool",
     "migrate", "multi", "purge", "report", "result", "shell", "status", "upgrade",
 })  # fmt: skip
 

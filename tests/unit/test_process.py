@@ -53,6 +53,7 @@ def test_celery_command_is_found_in_command_line(argv, command):
         "purge",
         "shell",
         "events",
+        "flower",
         "list",
         "report",
         "call",
@@ -61,7 +62,7 @@ def test_celery_command_is_found_in_command_line(argv, command):
     ],
 )
 def test_short_lived_command_is_inspection_command(command):
-    """Short-lived celery commands are inspection commands."""
+    """Short-lived celery commands and monitors are inspection commands."""
     assert process.is_inspection_command(["celery", "-A", "shop", command])
 
 

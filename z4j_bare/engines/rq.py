@@ -73,8 +73,12 @@ class RqEngine(Engine):
 
 
 def _release(number: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version: ``(1, 6, 7)`` for ``1.6.7rc1``."""
-    return tuple(map(int, re.findall(r"\d+", number.partition("+")[0])[:3]))
+    """Return the release numbers of a version: ``(1, 6, 7)`` for ``1.6.7rc1``.
+
+    The result is empty for a version that starts with no number, so such a version is too old.
+    """
+    found = re.match(r"v?(\d{1,9}(?:\.\d{1,9})*)", number.strip())
+    return tuple(map(int, found.group(1).split("."))) if found else ()
 
 
 def _accepts(method: Method, name: str) -> bool:
