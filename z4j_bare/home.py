@@ -64,6 +64,7 @@ def settle_home(*, create: bool = True) -> Path:
         return _settled[1]
     configured, problem = _configured()
     if configured is not None and not problem:
+        _export_if_relative(configured)
         _settled = _key(), configured
         return configured
     for directory in _usable_replacements(create):
@@ -196,6 +197,8 @@ def _configured() -> tuple[Path | None, str]:
     except RuntimeError as error:
         if variable:
             return None, f"Z4J_HOME={variable} cannot be resolved for uid {uid} ({error})"
+        if os.environ.get("HOME"):  # a loop of symbolic links
+            return None, f"HOME={os.environ['HOME']} cannot be resolved for uid {uid} ({error})"
         return None, (
             f"Z4J_HOME is not set, and uid {uid} has no home directory (neither HOME nor an entry "
             "in the password database)"
@@ -204,6 +207,16 @@ def _configured() -> tuple[Path | None, str]:
     if not obstacle:
         return home, ""
     return home, f"uid {uid} cannot write to {'Z4J_HOME=' if variable else ''}{home} ({obstacle})"
+
+
+def _export_if_relative(home: Path) -> None:
+    """Set ``Z4J_HOME`` to the absolute path if the setting is relative.
+
+    A process may change its working directory, and a child may have another one.
+    """
+    path = os.environ.get("Z4J_HOME") or "~"
+    if not os.path.isabs(os.path.expanduser(path)):  # noqa: PTH111 - pathlib raises RuntimeError
+        os.environ["Z4J_HOME"] = str(home)
 
 
 def _replace(configured: Path | None, problem: str, directory: Path) -> None:

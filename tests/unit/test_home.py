@@ -116,6 +116,25 @@ def test_variable_with_tilde_needs_home(monkeypatch, tmp_path, no_home):
     assert "Z4J_HOME=~/state cannot be resolved" in take_notice()
 
 
+@pytest.mark.parametrize("name", ["HOME", "Z4J_HOME"])
+def test_relative_home_is_made_absolute(monkeypatch, tmp_path, name):
+    """A relative directory stays the same when the process changes its working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "state")
+    directory = settle_home()
+    monkeypatch.chdir("/")
+    assert directory.is_relative_to(tmp_path)
+    assert settle_home() == z4j_home() == directory
+
+
+def test_home_in_loop_of_links_is_replaced(monkeypatch, tmp_path):
+    """A HOME that is a loop of symbolic links is named in the notice."""
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("HOME", str(tmp_path / "loop"))
+    assert settle_home() == tmp_path / "tmp" / ME
+    assert f"{tmp_path / 'loop'}" in take_notice()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_home_of_other_user_is_replaced(monkeypatch, tmp_path):
     """The same with real permissions, for every user but root."""

@@ -634,7 +634,9 @@ def test_locked_file_is_named_with_cure(control, monkeypatch):
     monkeypatch.setattr(module, "BUSY_TIMEOUT", 0.01)
     with closing(sqlite3.connect(control.path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(sqlite3.OperationalError, match="database is locked; another process") as caught:
+        with pytest.raises(
+            sqlite3.OperationalError, match="database is locked; another process"
+        ) as caught:
             change(control, "update", "id:hourly", is_enabled=False)
         other.execute("ROLLBACK")
     assert str(control.path) in str(caught.value)
