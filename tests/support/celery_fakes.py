@@ -159,8 +159,10 @@ class ClusterConnection:
     def __init__(self, cluster):
         self.cluster = cluster
         self.open = False
+        self.alt = ["redis://"]
+        self.connection = None
 
-    def connect(self):
+    def ensure_connection(self, **_options):
         if self.cluster.broker_error:
             raise self.cluster.broker_error
         self.open = True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.engines.celery.broker_errors import explain
+from z4j_bare.engines.celery.engine import open_connection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,7 @@ def producer(home: Path, broker: str | None) -> Iterator[Celery]:
     with Celery("z4j_demo_script", changes=settings(home, broker)) as app:
         with app.connection_for_write() as connection:
             try:
-                connection.ensure_connection(max_retries=1, timeout=_CONNECT_TIMEOUT)
+                open_connection(connection, _CONNECT_TIMEOUT)
             except Exception as exc:  # Each transport raises different exceptions.
                 cause, fix = explain(exc, connection)
                 raise HarnessError(f"--broker: {cause}: {fix}") from exc

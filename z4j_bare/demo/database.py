@@ -149,6 +149,14 @@ class DemoDatabase:
         if isinstance(error, (OSError, TimeoutError)):
             return (
                 f"--database: no PostgreSQL answers at {self.address} "
-                f"({error or 'timeout'}): start it, or correct host and port"
+                f"({str(error) or 'timeout'}): start it, or correct host and port"
+            )
+        if isinstance(error, asyncpg.TooManyConnectionsError):
+            return f"--database: {self.address} has no free connection: raise max_connections"
+        if isinstance(error, ValueError) and not isinstance(error, asyncpg.InterfaceError):
+            # The error's text may be a part of the password.
+            return (
+                f"--database is not a valid address: use {_EXAMPLE}, and write the characters "
+                "/ ? # @ : % of user and password as %2F %3F %23 %40 %3A %25"
             )
         return f"--database: {self.address}: {type(error).__name__}: {error}"

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 _NAME = "broker"
 
+#: Seconds after which a request to the broker fails.
+_MAX_WAIT = 5.0
+
 
 def is_celery(app: object) -> bool:
     """Whether ``app`` is a Celery application. Only then :func:`probe_broker` works."""
@@ -20,12 +23,12 @@ def is_celery(app: object) -> bool:
 def probe_broker(app: Celery) -> ProbeResult:
     """Connect to the broker of a Celery application, as its workers do."""
     from z4j_bare.engines.celery.broker_errors import explain
-    from z4j_bare.engines.celery.engine import broker_connection
+    from z4j_bare.engines.celery.engine import broker_connection, open_connection
 
     with broker_connection(app, reading=True) as connection:
         address = connection.as_uri()
         try:
-            connection.connect()
+            open_connection(connection, _MAX_WAIT)
         except Exception as error:  # Each transport raises different exceptions.
             cause, fix = explain(error, connection)
             return failed(_NAME, cause, f"{fix} (setting: broker_url)", address=address)

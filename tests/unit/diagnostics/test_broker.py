@@ -26,7 +26,9 @@ def test_broker_that_does_not_answer_fails():
         result = probe_broker(app)
     assert not result.ok
     assert result.text.startswith("no broker answers at redis://:**@127.0.0.1:1/0")
-    assert result.fix == "start the broker, or correct the address (setting: broker_url)"
+    assert result.fix == (
+        "start the broker, or correct host and port of the address (setting: broker_url)"
+    )
     assert "hunter2" not in str(result)
 
 

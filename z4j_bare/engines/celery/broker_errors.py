@@ -23,10 +23,20 @@ _CELERY_LOGGER = "celery.worker.consumer.consumer"
 _NOT_ALLOWED = 530
 _ACCESS_REFUSED = 403
 
+#: Texts of the transports if the other side ends the connection or speaks another protocol.
+_ENDED_BY_PEER = (
+    "Server unexpectedly closed connection",
+    "Connection closed by server",
+    "Protocol Error",
+)
+
 #: Minimum time between two hints, in seconds.
 _HINT_INTERVAL = 60.0
 
-_FIX_ADDRESS = "start the broker, or correct the address"
+_FIX_SCHEME = (
+    "if the broker is up, check port and scheme of the address, and broker_use_ssl: a port with "
+    "TLS needs amqps:// or rediss://, a port without TLS needs amqp:// or redis://"
+)
 
 
 def explain(error: BaseException, connection: Connection) -> tuple[str, str]:
@@ -37,21 +47,68 @@ def explain(error: BaseException, connection: Connection) -> tuple[str, str]:
     """
     original = _original(error)
     address = connection.as_uri()  # with ** in place of the password
-    user, vhost = connection.userid, connection.virtual_host
-    code = getattr(original, "reply_code", None)
-    if code == _NOT_ALLOWED:
-        fix = (
-            "correct the address, or create the virtual host and the user's permissions: "
-            f"rabbitmqctl add_vhost '{vhost}'; "
-            f"rabbitmqctl set_permissions -p '{vhost}' '{user}' '.*' '.*' '.*'"
-        )
-        return f"the broker at {address} refuses the virtual host {vhost!r}: {_text(original)}", fix
-    if is_refusal(error):
+    if getattr(original, "reply_code", None) == _NOT_ALLOWED:
+        return _explain_virtual_host(original, connection, address)
+    if _is_answered_refusal(error):
         return (
             f"the broker at {address} refuses the user: {_text(original)}",
             "correct user and password of the address",
         )
-    return f"no broker answers at {address}: {_text(original)}", _FIX_ADDRESS
+    return _explain_network(error, address)
+
+
+def _explain_virtual_host(
+    error: BaseException, connection: Connection, address: str
+) -> tuple[str, str]:
+    text, vhost = _text(error), connection.virtual_host
+    if "limit" in text:
+        fix = (
+            "close connections, or raise the limit: rabbitmqctl list_vhost_limits, "
+            "rabbitmqctl list_user_limits"
+        )
+        return f"the broker at {address} refuses another connection: {text}", fix
+    name, user = _quoted(vhost), _quoted(connection.userid)
+    fix = (
+        "correct the address, or create the virtual host and the user's permissions: "
+        f"rabbitmqctl add_vhost {name}; "
+        f"rabbitmqctl set_permissions -p {name} {user} '.*' '.*' '.*'"
+    )
+    return f"the broker at {address} refuses the virtual host {vhost!r}: {text}", fix
+
+
+def _explain_network(error: BaseException, address: str) -> tuple[str, str]:
+    from socket import gaierror
+    from ssl import SSLCertVerificationError, SSLError
+
+    text = _text(_original(error))
+    found = _system_error(error)
+    if isinstance(found, SSLCertVerificationError):
+        why = found.verify_message
+        return (
+            f"the certificate of the broker at {address} failed verification: {why}",
+            "name the certificate's authority in broker_use_ssl, or in ssl_ca_certs of the address",
+        )
+    if isinstance(found, SSLError):
+        return f"the TLS handshake with the broker at {address} failed: {text}", _FIX_SCHEME
+    if isinstance(found, gaierror):
+        return (
+            f"the host name of the broker at {address} cannot be resolved: {text}",
+            "correct the host name of the address, or this host's name servers",
+        )
+    if isinstance(found, TimeoutError):
+        return (
+            f"no broker answers at {address}: {text}",
+            "check whether a firewall blocks the connection, and host and port of the address",
+        )
+    if _is_closed(error):
+        return (
+            f"what answers at {address} ends the connection before the login: {text}",
+            _FIX_SCHEME,
+        )
+    return (
+        f"no broker answers at {address}: {text}",
+        "start the broker, or correct host and port of the address",
+    )
 
 
 class RefusalHint(logging.Filter):
@@ -96,6 +153,15 @@ def explain_refusal(error: BaseException, app: Celery) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
+    """Return whether connecting may fail until a setting changes, on this host or the broker."""
+    from socket import gaierror
+    from ssl import SSLError
+
+    permanent = isinstance(_system_error(error), SSLError | gaierror)
+    return permanent or _is_answered_refusal(error) or _is_closed(error)
+
+
+def _is_answered_refusal(error: BaseException) -> bool:
     """Return whether the broker has answered, but refuses the virtual host or the user."""
     original = _original(error)
     code = getattr(original, "reply_code", None)
@@ -103,6 +169,33 @@ def is_refusal(error: BaseException) -> bool:
     return (
         code in {_NOT_ALLOWED, _ACCESS_REFUSED} or type(original).__name__ == "AuthenticationError"
     )
+
+
+def _is_closed(error: BaseException) -> bool:
+    """Return whether the other side has ended the connection, or does not speak the protocol."""
+    found = _system_error(error)
+    if isinstance(found, ConnectionResetError | BrokenPipeError):
+        return True
+    text = _text(_original(error))
+    return any(each in text for each in _ENDED_BY_PEER)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the operating system's error, which the transport or kombu may have wrapped."""
+    return next((each for each in causes(error) if isinstance(each, OSError)), None)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """Return ``error`` and the exceptions that have caused it."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _quoted(name: str) -> str:
+    """Return a name as an argument of a shell's command."""
+    return "'" + name.replace("'", "'\\''") + "'"
 
 
 def _original(error: BaseException) -> BaseException:

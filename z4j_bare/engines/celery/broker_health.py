@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from z4j_bare.engines.celery.engine import broker_connection
+from z4j_bare.engines.celery.broker_errors import causes
+from z4j_bare.engines.celery.engine import broker_connection, open_connection
 from z4j_bare.wire.fit import fit_name
 
 if TYPE_CHECKING:
@@ -24,8 +25,19 @@ if TYPE_CHECKING:
 #: The brain reads at most 1,024 queues from a heartbeat.
 MAX_QUEUES = 100
 
+#: Seconds after which a request of a probe fails. A probe that finds its connection broken makes
+#: up to three requests, so it ends within a few seconds after the broker is back.
+MAX_WAIT = 2.0
+
 #: Seconds by which a reply of Redis may be late before :class:`BrokerProbe` checks the broker.
 MAX_SILENCE = 2.0
+
+#: Seconds by which a reply may be late before the worker's connection counts as broken, although
+#: the broker answers a probe.
+BROKEN_AFTER = 10.0
+
+#: The error that is reported for a broken connection of the worker.
+BROKEN = "no reply on the worker's own connection"
 
 #: AMQP's reply code for a missing queue.
 #: RabbitMQ sends the code as a number, kombu's virtual transports (such as Redis) as text.
@@ -35,16 +47,28 @@ NOT_FOUND = "404"
 class BrokerProbe:
     """Probes the broker over a separate connection. A failed connection is replaced.
 
+    A worker whose own connection is broken runs no tasks. The probe reports this as a broker that
+    is not connected, although the broker answers. Celery 5.7 replaces such a connection after a
+    minute in prefork, and never in gevent, eventlet and threads.
+
     :param queues: returns the names of the queues to measure. Each probe calls this function,
         because the queues can change.
+    :param silence: returns by how many seconds a reply on the worker's own connection is late.
     """
 
-    def __init__(self, engine: str, app: Celery, queues: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self,
+        engine: str,
+        app: Celery,
+        queues: Callable[[], Iterable[str]],
+        silence: Callable[[], float] = float,
+    ) -> None:
         self.engine = engine
         #: Whether the broker answered the last probe.
         self.connected = True
         self._app = app
         self._queues = queues
+        self._silence = silence
         self._connection: Connection | None = None
         self._channel: Channel | None = None
 
@@ -68,6 +92,9 @@ class BrokerProbe:
             if reused:  # the broker may have been restarted since the channel was opened
                 return self()
             return self.failed(error)
+        if self._silence() > BROKEN_AFTER:
+            self.connected = False
+            return self._entries(broker_connected="False", broker_error=BROKEN)
         self.connected = True
         return self._entries(
             broker_connected="True",
@@ -96,7 +123,7 @@ class BrokerProbe:
     def _connect(self) -> Connection:
         if self._connection is None:
             self._connection = broker_connection(self._app, reading=True)
-            self._connection.connect()
+            open_connection(self._connection, MAX_WAIT)
         return self._connection
 
     def _depth(self, connection: Connection, name: str) -> int | None:
@@ -131,25 +158,28 @@ class ConsumerWatch:
         """Return whether the worker has lost its connection, or waits too long for a reply.
 
         Celery removes a connection as soon as it has failed.
-        On Redis a worker always has a request open, and Redis replies within ``brpop_timeout``.
-        kombu 5.7 and later store the time of the request.
         """
         if self._consumer is None or not hasattr(self._consumer, "connection"):
             return False  # there is no Consumer, or it has not started
-        connection = self._consumer.connection
-        if connection is None:
-            return True
+        return self._consumer.connection is None or self.silence() > MAX_SILENCE
+
+    def silence(self) -> float:
+        """Return by how many seconds a reply to the worker is late; 0 if none is, or unknown.
+
+        On Redis a worker always has a request open, and Redis replies within ``brpop_timeout``.
+        kombu 5.7 and later store the time of the request.
+        """
+        connection = getattr(self._consumer, "connection", None)
         # ``connection.transport`` would connect if the connection has no transport.
         channels = getattr(getattr(connection, "_transport", None), "channels", None) or ()
-        return any(map(_is_silent, list(channels)))
+        return max(map(_late_by, list(channels)), default=0.0)
 
 
-def _is_silent(channel: Channel) -> bool:
+def _late_by(channel: Channel) -> float:
     sent_at = getattr(channel, "_brpop_sent_at", None)
     if not sent_at or not getattr(channel, "_in_poll", None):
-        return False
-    allowed = (getattr(channel, "brpop_timeout", None) or 0.0) + MAX_SILENCE
-    return bool(monotonic() - sent_at > allowed)
+        return 0.0
+    return max(0.0, monotonic() - sent_at - (getattr(channel, "brpop_timeout", None) or 0.0))
 
 
 def describe_cause(error: BaseException) -> str:
@@ -158,9 +188,7 @@ def describe_cause(error: BaseException) -> str:
     A reply code of AMQP is added.
     The error's text is omitted, because it may contain the broker's password.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
+    chain = causes(error)
     system_errors = (each for each in chain if isinstance(each, OSError))
     unwrapped = next((each for each in chain if not _is_wrapper(each)), error)
     found: BaseException = next(system_errors, None) or unwrapped

@@ -55,9 +55,9 @@ class CeleryEngine(Engine):
         from z4j_bare.engines.celery.worker_health import WorkerDetails
 
         app, name = self.adapter.celery_app, self.adapter.name
-        broker = BrokerProbe(name, app, queue_names(app, consumer))
-        details = WorkerDetails(app, consumer, value_matcher(self.adapter))
         watch = ConsumerWatch(consumer)
+        broker = BrokerProbe(name, app, queue_names(app, consumer), watch.silence)
+        details = WorkerDetails(app, consumer, value_matcher(self.adapter))
 
         def suspect() -> bool:
             return not broker.connected or watch.in_trouble()
@@ -131,8 +131,31 @@ def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
     inherits, and reads replies to this process from the shared socket. If this process reads a
     reply first, the child waits for it for ever (kombu 5.6 and 5.7, prefork).
 
-    To fail if the broker is down, call ``connect()``. Otherwise the first use of the connection
-    retries until the broker is available.
+    To fail if the broker is down, call :func:`open_connection`. Otherwise the first use of the
+    connection retries until the broker is available.
     """
     connect = app.connection_for_read if reading else app.connection_for_write
     return connect(connect_timeout=CONNECT_TIMEOUT)
+
+
+def open_connection(connection: Connection, max_wait: float | None = None) -> None:
+    """Connect, once to each of the broker's addresses.
+
+    ``Connection.connect()`` waits 2 s and tries again. It waits with kombu's ``sleep``, which
+    blocks the hub of a gevent worker (see the module ``green_kombu``).
+
+    :param max_wait: maximum seconds for which Redis or AMQP may not answer. Without it, a request
+        waits for ever if the network drops its packets.
+    """
+    if max_wait is not None and connection.transport.driver_type == "redis":
+        options = connection.transport_options
+        for name in ("socket_timeout", "socket_connect_timeout"):
+            options[name] = min(options.get(name) or max_wait, max_wait)
+    connection.ensure_connection(
+        max_retries=max(0, len(connection.alt) - 1), reraise_as_library_errors=False
+    )
+    # On AMQP this is the connection's transport. The transports of kombu have none.
+    transport = getattr(connection.connection, "transport", None)
+    sock = getattr(transport, "sock", None)
+    if max_wait is not None and sock is not None:
+        sock.settimeout(max_wait)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from z4j_bare.engines.celery.engine import broker_connection
+from z4j_bare.engines.celery.engine import broker_connection, open_connection
 from z4j_bare.errors import CommandError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class RemoteControl:
         self, command: str, arguments: dict[str, object], to: str | None, timeout: float
     ) -> Any:
         with broker_connection(self._app) as connection:
-            connection.connect()
+            open_connection(connection)
             mailbox = self._app.control.mailbox(connection)
             mailbox.producer_pool = None  # or else kombu publishes on a connection of the pool
             if to is None:

@@ -1,6 +1,11 @@
 """The explanations of refused connections to a broker."""
 
 import logging
+import shlex
+import socket
+import ssl
+import threading
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -11,7 +16,9 @@ from celery import Celery
 from kombu import Connection
 from kombu.exceptions import OperationalError
 
-from z4j_bare.engines.celery.broker_errors import RefusalHint, explain
+from tests.support import certificates
+from z4j_bare.engines.celery.broker_errors import RefusalHint, explain, is_refusal
+from z4j_bare.engines.celery.engine import broker_connection, open_connection
 
 
 @pytest.fixture
@@ -42,14 +49,34 @@ def wrapped(error):
             "correct user and password",
         ),
         (
+            NotAllowed("NOT_ALLOWED - vhost connection limit (1) is reached", (10, 40)),
+            "refuses another connection: NOT_ALLOWED - vhost connection limit (1) is reached",
+            "rabbitmqctl list_vhost_limits",
+        ),
+        (
             ConnectionRefusedError(111, "Connection refused"),
             "no broker answers at amqp://shop:**@rabbit:5672/orders: [Errno 111]",
-            "correct the address",
+            "correct host and port of the address",
         ),
         (
             TimeoutError(),
             "no broker answers at amqp://shop:**@rabbit:5672/orders: TimeoutError",
-            "",
+            "firewall",
+        ),
+        (
+            socket.gaierror(-2, "Name or service not known"),
+            "the host name of the broker at amqp://shop:**@rabbit:5672/orders cannot be resolved",
+            "correct the host name",
+        ),
+        (
+            OSError("Server unexpectedly closed connection"),
+            "ends the connection before the login: Server unexpectedly closed connection",
+            "a port with TLS needs amqps://",
+        ),
+        (
+            ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number"),
+            "the TLS handshake with the broker at amqp://shop:**@rabbit:5672/orders failed",
+            "a port without TLS needs amqp://",
         ),
     ],
 )
@@ -59,6 +86,70 @@ def test_cause_and_fix_of_refused_connection(connection, error, cause, fix, wrap
     assert cause in found[0]
     assert fix in found[1]
     assert "hunter2" not in "".join(found)
+
+
+def test_names_are_quoted_for_shell():
+    """The commands of the fix work with every name of a virtual host and of a user."""
+    connection = Connection("amqp://o%27neil:hunter2@rabbit/a%20b%27%24c%2F")
+    fix = explain(NotAllowed("NOT_ALLOWED - vhost not found", (10, 40)), connection)[1]
+    command = fix.rpartition("; ")[2]
+    assert shlex.split(command)[2:5] == ["-p", "a b'$c/", "o'neil"]
+
+
+@contextmanager
+def serving(answer):
+    """Call ``answer(client)`` for each connection to a port of 127.0.0.1, and yield the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with suppress(OSError):  # of the closed listener
+                while True:
+                    client, _ = listener.accept()
+                    with client, suppress(OSError):
+                        answer(client)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def plain_answer(client):
+    client.recv(1000)
+    client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def tls_answer(context):
+    def answer(client):
+        with suppress(OSError), context.wrap_socket(client, server_side=True) as wrapped:
+            wrapped.recv(1000)
+
+    return answer
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+@pytest.mark.parametrize(
+    ("tls_port", "tls_client", "message"),
+    [
+        (True, False, "ends the connection before the login"),
+        (False, False, "ends the connection before the login"),
+        (False, True, "the TLS handshake with the broker"),
+        (True, True, "failed verification: self-signed certificate"),
+    ],
+)
+def test_port_with_other_protocol_is_explained(tmp_path, scheme, tls_port, tls_client, message):
+    """Real connections name the TLS that is missing, or not expected, or not trusted."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates.make(tmp_path / "peer.pem"))
+    with serving(tls_answer(context) if tls_port else plain_answer) as port:
+        url = f"{scheme}{'s' if tls_client else ''}://shop:hunter2@127.0.0.1:{port}/0"
+        required = {"cert_reqs" if scheme == "amqp" else "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        with Celery(broker=url, set_as_current=False) as app:
+            app.conf.broker_use_ssl = required if tls_client else None
+            connection = broker_connection(app, reading=True)
+            with pytest.raises(Exception) as caught:
+                open_connection(connection, 5.0)
+            assert message in explain(caught.value, connection)[0]
+            assert is_refusal(caught.value)
 
 
 @pytest.fixture
@@ -86,7 +177,7 @@ def test_hint_follows_refusal_once_a_minute(app, caplog):
     assert lines[0].endswith("'orders' 'shop' '.*' '.*' '.*' (setting: broker_url)")
 
 
-@pytest.mark.parametrize("error", [ConnectionRefusedError(), "text", None])
+@pytest.mark.parametrize("error", [ConnectionRefusedError(), TimeoutError(), "text", None])
 def test_other_lines_have_no_hint(app, caplog, error):
     """A broker that does not answer is explained by Celery's own line."""
     assert log_refusal(RefusalHint(app), error)

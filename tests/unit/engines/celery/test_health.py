@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import socket
 import time
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -10,13 +11,15 @@ import pytest
 
 pytest.importorskip("celery")
 
+from celery import Celery
 from celery.worker import state
 from kombu.exceptions import OperationalError
+from kombu.utils import functional as functional_module
 
 from tests.support.celery_fakes import memory_app
-from z4j_bare.engines.celery import broker_health, green_kombu, worker_health, worker_start
+from z4j_bare.engines.celery import broker_health, engine, green_kombu, worker_health, worker_start
 from z4j_bare.engines.celery.broker_health import BrokerProbe, ConsumerWatch, describe_cause
-from z4j_bare.engines.celery.engine import CeleryEngine
+from z4j_bare.engines.celery.engine import CeleryEngine, broker_connection, open_connection
 from z4j_bare.engines.celery.worker_health import WorkerDetails, local_details, remote_details
 from z4j_bare.monitoring import health as probes
 
@@ -293,6 +296,46 @@ def test_worker_that_waits_too_long_for_answer_is_in_trouble(monkeypatch, channe
     transport = SimpleNamespace(channels=channels)
     watch = ConsumerWatch(SimpleNamespace(connection=SimpleNamespace(_transport=transport)))
     assert watch.in_trouble() is in_trouble
+
+
+def test_broken_connection_of_worker_is_reported(app):
+    """A broker that answers the probe, but not the worker, is not connected."""
+    silence = [11.0]
+    probe = BrokerProbe("celery", app, lambda: ["celery"], lambda: silence[0])
+    try:
+        assert probe() == {
+            "celery.broker_connected": "False",
+            "celery.broker_error": broker_health.BROKEN,
+        }
+        assert not probe.connected
+        silence[0] = 9.0
+        assert probe()["celery.broker_connected"] == "True"
+    finally:
+        probe.close()
+
+
+def test_failed_connect_does_not_wait_in_kombu(app, monkeypatch):
+    """Kombu's ``sleep``, which blocks the hub of a gevent worker, is not called."""
+    monkeypatch.setattr(functional_module, "sleep", lambda seconds: pytest.fail(f"{seconds} s"))
+    app.conf.broker_url = "redis://127.0.0.1:1/0;redis://127.0.0.1:2/0"
+    with (
+        broker_connection(app, reading=True) as connection,
+        pytest.raises(app.connection().recoverable_connection_errors),
+    ):
+        open_connection(connection)
+    assert connection.as_uri().endswith(":2/0")  # the second address was tried too
+
+
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_probe_of_silent_broker_ends(scheme, monkeypatch):
+    """A broker that accepts connections and never answers fails the probe."""
+    monkeypatch.setattr(broker_health, "MAX_WAIT", 0.2)
+    monkeypatch.setattr(engine, "CONNECT_TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}//"
+        with Celery(broker=url, set_as_current=False) as app:
+            answer = BrokerProbe("celery", app, lambda: ["celery"])()
+            assert answer["celery.broker_error"] == "TimeoutError"
 
 
 def test_worker_without_connection_is_in_trouble():
