@@ -11,7 +11,7 @@ from z4j_bare import control
 from z4j_bare.cli import configuration
 from z4j_bare.cli.agents import add_watch, no_agent_text
 from z4j_bare.cli.output import Output
-from z4j_bare.diagnostics.host import AgentStatus
+from z4j_bare.diagnostics.host import AgentStatus, broker_problem
 from z4j_bare.monitoring.duplicate_agents import workers_of
 
 EXAMPLES = """\
@@ -164,7 +164,7 @@ def row(agent: AgentStatus) -> list[str]:
         "" if age is None or not agent["buffered"] else format_duration(age),
         f"{agent.get('events_per_second', 0):g}",
         str(agent["acked"]),
-        agent["last_error"],
+        agent["last_error"] or broker_problem(agent),
     ]
 
 

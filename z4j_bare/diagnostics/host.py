@@ -207,7 +207,8 @@ def _describe_buffer(report: ExistingBufferReport) -> str:
 def probe_agents(project: str) -> ProbeResult:
     """Check that every agent of this ``Z4J_HOME`` answers and is connected.
 
-    The probe also checks that no two agents report the same worker.
+    The probe also checks that no two agents report the same worker, and that each agent's broker
+    answers.
 
     :param project: the project whose agents are checked.
     """
@@ -219,7 +220,13 @@ def probe_agents(project: str) -> ProbeResult:
     if not agents:
         return passed("agents", "no agent is running")
     pids: dict[str, Any] = {"pids": [agent["pid"] for agent in agents]}
-    for check in (_check_answers, _check_duplicates, _check_connections, _check_advice):
+    for check in (
+        _check_answers,
+        _check_duplicates,
+        _check_connections,
+        _check_brokers,
+        _check_advice,
+    ):
         problem = check(agents)
         if problem is not None:
             return warned("agents", *problem, **pids)
@@ -274,6 +281,28 @@ def _check_connections(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
     return cause, "the agent buffers events and retries; the next probes show why it cannot connect"
 
 
+def broker_problem(agent: AgentStatus) -> str:
+    """Return why an agent's broker cannot be reached; empty if it can, or if that is not known."""
+    health = agent.get("health", {})
+    return "; ".join(
+        f"broker: {health.get(f'{engine}.broker_error', '')}"
+        for engine, _, name in (key.rpartition(".") for key in health)
+        if name == "broker_connected" and health[f"{engine}.{name}"] == "False"
+    )
+
+
+def _check_brokers(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
+    """Return cause and fix if an agent cannot reach its broker."""
+    problems = {agent["pid"]: problem for agent in agents if (problem := broker_problem(agent))}
+    if not problems:
+        return None
+    cause = "; ".join(f"process {pid} ({problem})" for pid, problem in problems.items())
+    return f"no task can arrive in {cause}", (
+        "check whether the broker runs, the network to it, and its address (for Celery: "
+        "broker_url); restart a worker whose own connection gets no reply"
+    )
+
+
 def _check_advice(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
     """Return cause and fix if an agent advises a change of its process."""
     found: dict[str, list[int]] = {}
@@ -285,6 +314,16 @@ def _check_advice(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
     advice, pids = next(iter(found.items()))
     cause, _, fix = advice.partition(". ")
     return f"process {', '.join(map(str, pids))}: {cause}", fix[:1].lower() + fix[1:]
+
+
+#: The checks of the running agents. The first problem is reported.
+_AGENT_CHECKS = (
+    _check_answers,
+    _check_duplicates,
+    _check_connections,
+    _check_brokers,
+    _check_advice,
+)
 
 
 def _name(distribution: Distribution) -> str:

@@ -30,6 +30,9 @@ WATCH_INTERVAL = 2.5
 #: With this limit, a broker that does not answer is reported within 10 s.
 CHECK_TIMEOUT = 4.0
 
+#: Minimum seconds between two warnings about one engine's broker.
+LOG_INTERVAL = 60.0
+
 #: Suffixes of the keys whose change is reported at once.
 _VERDICTS = (".broker_connected", ".broker_error", ".error")
 
@@ -50,12 +53,14 @@ class HealthLoop:
         #: Called when the value of a key that ends with one of ``_VERDICTS`` has changed.
         self.on_change: Callable[[], object] = lambda: None
         self._backend = backend
+        self._log = BrokerLog(backend.now)
         self._checks: list[Check] = []
         for host in hosts.values():
             probes = host.description.make_probes(consumer)
             for probe in probes:
                 cached = CachedProbe(bridge, probe.run, probe.on_error)
-                self._checks.append(Check(cached, probe.suspect))
+                suspect = probe.suspect and partial(_is_suspect, cached, probe.suspect)
+                self._checks.append(Check(cached, suspect))
             if not probes:
                 self._checks.append(Check(partial(host.health, CHECK_TIMEOUT)))
 
@@ -68,6 +73,7 @@ class HealthLoop:
                     check.run(self._backend)
             if before and self._verdicts() != before:
                 self.on_change()
+            self._log.update(self.latest())
             now = self._backend.now()
             self._backend.wait(stop_event, min((c.wait(now) for c in self._checks), default=None))
 
@@ -77,6 +83,45 @@ class HealthLoop:
 
     def _verdicts(self) -> dict[str, str]:
         return {key: value for key, value in self.latest().items() if key.endswith(_VERDICTS)}
+
+
+class BrokerLog:
+    """Logs that a broker cannot be reached, and that it answers again.
+
+    A failure, or another error of it, is logged at most once a minute.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._logged: dict[str, tuple[str, float]] = {}
+
+    def update(self, results: Mapping[str, str]) -> None:
+        """Log what has changed since the last line.
+
+        :param results: the items of the heartbeat, by ``<engine>.<name>``.
+        """
+        for key, connected in results.items():
+            engine, _, name = key.rpartition(".")
+            if name != "broker_connected":
+                continue
+            error = "" if connected == "True" else results.get(f"{engine}.broker_error", "unknown")
+            before, logged_at = self._logged.get(engine, ("", float("-inf")))
+            if error == before:
+                continue
+            if not error:
+                self._logged[engine] = "", logged_at
+                logger.info("z4j: %s: the broker answers again", engine)
+            elif self._now() - logged_at >= LOG_INTERVAL:
+                self._logged[engine] = error, self._now()
+                self._warn(engine, error)
+
+    def _warn(self, engine: str, error: str) -> None:
+        logger.warning(
+            "z4j: %s: the broker cannot be reached (%s), so no task can arrive; check whether it "
+            "runs, the network to it, and the application's address of it (for Celery: broker_url)",
+            engine,
+            error,
+        )
 
 
 class Check:
@@ -133,6 +178,8 @@ class CachedProbe:
         self._bridge = bridge
         self._check = check
         self._on_error = on_error
+        #: Whether the last call returned the items for an error.
+        self.failing = False
         self._running = False
         self._runs = 0
         self._result: Mapping[str, str] = {}
@@ -140,6 +187,7 @@ class CachedProbe:
     def __call__(self) -> Mapping[str, str]:
         """Run the check; return its result, or the items for its error. Never raises."""
         runs = self._runs
+        self.failing = False
         try:
             if self._running:
                 raise TimeoutError
@@ -149,6 +197,7 @@ class CachedProbe:
                 # The hub was blocked, and the check ended before the timeout was processed.
                 return self._result
             logger.debug("z4j: health check failed: %s", type(error).__name__)
+            self.failing = True
             return self._on_error(error)
         return self._result
 
@@ -159,3 +208,12 @@ class CachedProbe:
             self._runs += 1
         finally:
             self._running = False
+
+
+def _is_suspect(probe: CachedProbe, suspect: Callable[[], bool]) -> bool:
+    """Return whether the probe has failed or may fail now.
+
+    A probe that ends after its timeout changes what ``suspect`` returns, but its result is not
+    reported before the next call.
+    """
+    return probe.failing or suspect()

@@ -114,6 +114,11 @@ class AgentMetrics:
         """The counts of the tasks."""
         return self._ring.counts
 
+    def health(self) -> dict[str, str]:
+        """Return the engines' part of the heartbeat's health, without the details of workers."""
+        items = self._health().items()
+        return {key: value for key, value in items if not key.endswith(".worker_details")}
+
     def queue_depths(self) -> dict[str, dict[str, int]]:
         """Return the last measured depth of each queue by engine."""
         depths = {}

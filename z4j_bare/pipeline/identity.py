@@ -146,6 +146,7 @@ class AgentStatus:
             "turned_away": turned_away,
             "workers": self._engines.workers(),
             "advice": self._engines.advice(),
+            "health": self.metrics.health(),
             "oldest_age_seconds": self._buffer.last_stats.oldest_age,
             **self.stats(),
         }

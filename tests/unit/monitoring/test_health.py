@@ -1,12 +1,13 @@
 """The schedule of health checks and what the heartbeat reports of them, in virtual time."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 
 from z4j_bare.concurrency.fake import FakeConcurrency
 from z4j_bare.engines.engine import HealthProbe
-from z4j_bare.monitoring.health import HealthLoop
+from z4j_bare.monitoring.health import BrokerLog, HealthLoop
 
 
 class DirectBridge:
@@ -81,6 +82,47 @@ def test_lost_broker_is_reported_within_ten_seconds(second):
     assert harness.loop.latest()["celery.queue_depths"] == '{"q": 7}'
     assert harness.loop.latest()["celery.broker_error"] == ""
     assert len(harness.changes) == 2
+
+
+def test_late_answer_causes_a_check_soon():
+    """A check that ends after its timeout is reported by the next check, which follows soon."""
+    harness = BrokerHarness()
+    harness.backend.advance(1)
+    harness.away = True
+    harness.backend.advance(7)
+    harness.away = False
+    harness.connected = True  # as after a check that ended late
+    harness.backend.advance(7)
+    assert harness.loop.latest()["celery.broker_connected"] == "True"
+
+
+def test_outage_is_logged_at_begin_and_end(caplog):
+    """One warning names the error, and one line the end; another error a minute later is new."""
+    caplog.set_level(logging.INFO, "z4j.runtime.monitoring.health")
+    backend = FakeConcurrency()
+    log = BrokerLog(backend.now)
+    for error, seconds in (("", 1), ("A", 1), ("A", 30), ("B", 30), ("B", 90), ("", 1), ("", 1)):
+        log.update(
+            {"celery.broker_connected": str(error == ""), "celery.broker_error": error, "rq.x": ""}
+        )
+        backend.advance(seconds)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.partition(", so")[0] for line in lines] == [
+        "z4j: celery: the broker cannot be reached (A)",
+        "z4j: celery: the broker cannot be reached (B)",
+        "z4j: celery: the broker answers again",
+    ]
+
+
+def test_flapping_broker_has_one_warning_a_minute(caplog):
+    """A broker that fails every few seconds causes two lines a minute at most."""
+    caplog.set_level(logging.INFO, "z4j.runtime.monitoring.health")
+    backend = FakeConcurrency()
+    log = BrokerLog(backend.now)
+    for number in range(150):
+        log.update({"celery.broker_connected": str(bool(number % 2)), "celery.broker_error": "A"})
+        backend.advance(4)
+    assert len(caplog.records) <= 22
 
 
 def test_suspicion_that_lasts_causes_a_check_every_few_seconds():
