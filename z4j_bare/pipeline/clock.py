@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from z4j_bare.pipeline.session import Connection
 
 #: Seconds between two checks whether the host's clock was set.
-CHECK_INTERVAL = 10.0
+CHECK_INTERVAL = 2.0
 
 #: If the host's clock is set by at least this many seconds, the wait for the next attempt ends.
 STEP = 5.0
@@ -64,20 +64,27 @@ class ClockCheck:
         rejected = AuthenticationRejectedError(str(error), code=error.code)
         return explain_signature_error(rejected, offset)
 
-    def wait(self, event: IEvent, seconds: float) -> None:
+    def wait(self, event: IEvent, seconds: float) -> bool:
         """Wait for ``event``; if the clock is wrong, also until the clock is set.
+
+        Returns whether the clock was set.
 
         If the wait did not end when the clock is set, the agent could stay offline for
         up to 10 more minutes.
         """
         backend = self._backend
         deadline, base = backend.now() + seconds, self._base()
-        while self._wrong and (left := deadline - backend.now()) > 0:
-            if backend.wait(event, min(left, CHECK_INTERVAL)) or abs(self._base() - base) >= STEP:
+        wrong, self._wrong = self._wrong, False
+        if not wrong:
+            backend.wait(event, seconds)
+            return False
+        while (left := deadline - backend.now()) > 0:
+            woken = backend.wait(event, min(left, CHECK_INTERVAL))
+            if abs(self._base() - base) >= STEP:
+                return True
+            if woken:
                 break
-        else:
-            backend.wait(event, max(0.0, deadline - backend.now()))
-        self._wrong = False
+        return False
 
     def _base(self) -> float:
         return self._backend.wall() - self._backend.now()

@@ -74,6 +74,12 @@ class ReconnectLog:
         self._announced_at = self.failures
         logger.info("z4j: connected again after %d failed attempts", self.failures)
 
+    def on_clock_set(self) -> None:
+        """Log the next failure as a warning, even if its text differs only in numbers."""
+        self._cause = ""
+        self._logged_at.clear()
+        self._warned_at = _NEVER
+
     def on_failure(self, kind: str, error: Exception, delay: float) -> None:
         """Log a failed attempt or a session that has ended with an error.
 

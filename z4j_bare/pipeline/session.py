@@ -435,7 +435,8 @@ class Supervisor:
         self._counters.turned_away = isinstance(error, TurnedAwayError)
         delay = self.backoff.next(error)
         self._log.on_failure(failure_class(error), error, delay)
-        self.clock.wait(self._reconnect_requested, delay)
+        if self.clock.wait(self._reconnect_requested, delay):
+            self._log.on_clock_set()
         self._reconnect_requested.clear()
 
 

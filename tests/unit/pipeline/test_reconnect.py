@@ -198,6 +198,21 @@ def test_corrected_clock_ends_wait_for_next_attempt(lines):
     assert "connected again" in lines()[-1]
 
 
+def test_second_step_of_clock_is_warned_at_once(lines):
+    """A clock that is set to another wrong time has a new warning, with the new difference."""
+    harness = BrainHarness()
+    harness.backend.advance(100)
+    for seconds in (7200, 3600, -5400):
+        harness.backend.set_by = seconds
+        harness.backend.advance(12)
+    texts = ["7200 s ahead of", "3600 s ahead of", "5400 s behind"]
+    warnings = lines(logging.WARNING)
+    assert [text in line for text, line in zip(texts, warnings, strict=True)] == [True] * 3
+    harness.backend.set_by = 0
+    harness.backend.advance(12)
+    assert sum("connected again" in line for line in lines()) == 1
+
+
 def connection_with(backend, server_time=None):
     ack = replace(HELLO_ACK, server_time=server_time)
     return Connection(FakeTransport(backend), Session(ack, SECRET), backend)
