@@ -16,13 +16,10 @@ from z4j_bare.demo.process import until
 from z4j_bare.demo.rest import BrainRefusedError
 from z4j_bare.wire.frames import encode_fields
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 ROWS = 50_000
 STEPS = ("task.received", "task.started", "task.succeeded")
-
-#: Number of commands.
-COMMANDS = 4
 
 #: Seconds between two commands.
 COMMAND_INTERVAL = 3.0
@@ -32,7 +29,7 @@ COMMAND_INTERVAL = 3.0
 TIMEOUT = 60.0
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module")
 def brain(request, make_brain, tmp_path_factory):
     """A brain that only this module uses, because the backlog keeps it busy."""
     with make_brain(request.param, tmp_path_factory.mktemp("brain")) as running:
@@ -93,7 +90,16 @@ def issue(project, errors):
     return until(issued, "an accepted command", timeout=TIMEOUT)
 
 
-def test_result_overtakes_backlog(fresh_project, capsys):
+@pytest.mark.parametrize(
+    ("brain", "commands"),
+    [
+        pytest.param("postgresql", 2, id="postgresql-short"),
+        pytest.param("postgresql", 4, marks=pytest.mark.long),
+        pytest.param("sqlite", 4, marks=pytest.mark.long),
+    ],
+    indirect=["brain"],
+)
+def test_result_overtakes_backlog(fresh_project, capsys, commands):
     """While 50,000 rows of a dead worker are drained, each command completes soon."""
     project = fresh_project
     write_orphaned_store(project)
@@ -106,7 +112,7 @@ def test_result_overtakes_backlog(fresh_project, capsys):
     )
     first = time.monotonic() - began
     durations, errors = [], []
-    for _ in range(COMMANDS):
+    for _ in range(commands):
         time.sleep(COMMAND_INTERVAL)
         issued = issue(project, errors)
         sent = time.monotonic()

@@ -1,12 +1,11 @@
 """The standalone agent in its own process, beside workers without an agent."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from z4j_bare.demo.process import Service, until
-from z4j_bare.demo.worker import worker_environment
+from tests.support.standalone import standalone_agent, start_standalone_agent
+from z4j_bare.demo.process import until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -17,45 +16,8 @@ REDACTED = "[REDACTED]"
 def agent(project):
     """``z4j-bare run`` at DEBUG with secrets in files, beside a worker that started earlier."""
     project.worker("sample_tasks", pool="prefork", name="early@e2e", agent=False)
-    files = {"--token-file": project.agent.token, "--hmac-secret-file": project.agent.hmac_secret}
-    options = []
-    for option, secret in files.items():
-        path = project.home / option.strip("-")
-        path.write_text(secret + "\n")
-        options += [option, str(path)]
-    command = [
-        sys.executable,
-        "-m",
-        "z4j_bare",
-        "--log-level",
-        "DEBUG",
-        "run",
-        "--engine",
-        "celery",
-    ]
-    command += [
-        "--app",
-        "sample_tasks:app",
-        "--brain-url",
-        project.brain.url,
-        "--project-id",
-        project.slug,
-        *options,
-    ]
-    environment = project.environment(agent=False, Z4J_HOME=str(project.home / "agent"))
-    service = Service(
-        "the agent",
-        command,
-        environment=worker_environment(environment),
-        cwd=project.home,
-        log=project.home / "agent.log",
-    )
-    with service:
-        service.spawn(
-            lambda: project.brain.agent(project.slug, project.agent.agent_id)["state"] == "online",
-            40,
-        )
-        project.warm_up()
+    with standalone_agent(project, "sample_tasks:app") as service:
+        start_standalone_agent(service, project)
         yield service
 
 

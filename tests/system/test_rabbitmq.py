@@ -1,5 +1,6 @@
 """Workers on RabbitMQ, in gevent, threads and prefork, on classic and on quorum queues."""
 
+import shlex
 import time
 from contextlib import ExitStack
 
@@ -7,6 +8,7 @@ import pytest
 
 from tests.support.demo_run import assert_figures_agree, run_demo
 from tests.support.rabbit_project import POOLS, RabbitProject, in_each, rabbit_projects
+from tests.support.standalone import standalone_agent, start_standalone_agent
 from z4j_bare.demo import broker
 from z4j_bare.demo.process import until
 from z4j_bare.demo.worker import Worker
@@ -188,6 +190,7 @@ def states_after_outage(projects, mark, outage):
     [
         ("absent", "refuses the virtual host 'absent': NOT_ALLOWED - vhost absent not found"),
         ("closed", "refuses the virtual host 'closed': NOT_ALLOWED - access to vhost"),
+        ("a b/c'd", "refuses the virtual host \"a b/c'd\": NOT_ALLOWED - vhost a b/c'd not found"),
     ],
 )
 def test_refused_vhost_is_reported_in_one_line(rabbit, tmp_path, name, message):
@@ -198,7 +201,8 @@ def test_refused_vhost_is_reported_in_one_line(rabbit, tmp_path, name, message):
     assert (code, out) == (1, "")
     assert err.startswith("z4j-bare demo: --broker: the broker at amqp://z4j:**@127.0.0.1:")
     assert message in err
-    assert f"rabbitmqctl set_permissions -p '{name}' 'z4j' '.*' '.*' '.*'" in err
+    command = err.partition("rabbitmqctl set_permissions ")[2]
+    assert shlex.split(command) == ["-p", name, "z4j", ".*", ".*", ".*"]
     assert len(err.splitlines()) == 1
 
 
@@ -225,6 +229,51 @@ def test_starting_worker_names_fix_of_refused_vhost(rabbit, agent_credentials, t
     for each in workers:
         assert each.output().count("z4j: no task can arrive: the broker at amqp://z4j:**@") == 1
         assert "please report" not in each.output()
+
+
+def test_standalone_agent_reports_all_and_executes_commands(rabbit, brain, redis_url, tmp_path):
+    """``z4j-bare run --celery-app`` beside a worker without an agent, also after a restart of
+    RabbitMQ: each event is there once, and commands take effect.
+    """
+    url = rabbit.add_vhost("standalone")
+    with RabbitProject(brain, redis_url, tmp_path, url, "prefork", "classic") as project:
+        project.worker("sample_tasks", pool="prefork", name="w1@e2e", agent=False)
+        with standalone_agent(project, "sample_tasks:app") as agent:
+            start_standalone_agent(agent, project)
+            assert_day_is_complete(project)
+            failed = project.send("fails_once", "again")
+            project.row(failed, "failure")
+            again = project.completed("retry-task", engine="celery", task_id=failed)
+            project.row(again["new_task_id"], "success")
+            running = project.send("wait", 60)
+            project.row(running, "started")
+            project.completed("cancel-task", engine="celery", task_id=running)
+            project.row(running, "revoked")
+            rabbit.restart()
+            project.warm_up()
+            assert_day_is_complete(project)
+            queue = f"{project.home.name}-extra"
+            project.completed("add-consumer", worker_name="w1@e2e", queue=queue)
+            project.row(project.send("add", 4, 4, queue=queue), "success")
+            assert agent.stop() == 0
+        assert "Traceback" not in agent.output()
+
+
+def assert_day_is_complete(project):
+    """Run tasks of each kind, and assert that the brain has each of their events once."""
+    link = project.producer.signature("e2e.add", args=(10,))
+    chain = (project.producer.signature("e2e.add", args=(1, 2)) | link).apply_async()
+    complete = {
+        **{project.send("add", number, 1): "succeeded" for number in range(20)},
+        **{project.send("fails", "broken"): "failed" for _ in range(3)},
+        chain.id: "succeeded",
+        chain.parent.id: "succeeded",
+    }
+    retried = project.send("retries")
+    for task_id, end in complete.items():
+        assert project.row(task_id)["worker_name"] == "w1@e2e"
+        assert project.kinds(task_id) == sorted(["task.received", "task.started", f"task.{end}"])
+    assert project.row(retried, "success")["retry_count"] == 2
 
 
 def test_deleted_vhost_is_logged_once(rabbit, brain, redis_url, tmp_path):
