@@ -86,6 +86,21 @@ def test_agent_without_free_session_is_shown_as_turned_away(set_agents, capsys):
     assert "turned away" in capsys.readouterr().out
 
 
+#: The health of an agent whose broker is away.
+AWAY = {"celery.broker_connected": "False", "celery.broker_error": "TimeoutError"}
+
+
+def test_agent_without_broker_shows_error(set_agents, capsys):
+    """The column of the last error names the broker's error, if there is no other error."""
+    set_agents(
+        [agent(health=AWAY), agent(pid=9, workers={}, health={**AWAY}, last_error="refused")]
+    )
+    assert main(["status"]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("broker: TimeoutError")
+    assert second.endswith("refused")
+
+
 def test_agents_can_be_selected(set_agents, capsys):
     """Agents can be selected by a worker that they report and by their framework adapter."""
     set_agents([agent(), agent(pid=9, adapter="django", workers={}, connected=False)])
@@ -185,10 +200,12 @@ def test_other_process_queries_and_restarts_agent(backend, until):
             "WARN",
             "process 7 has no session (refused)",
         ),
+        ([agent(health=AWAY)], "WARN", "no task can arrive in process 7 (broker: TimeoutError)"),
+        ([agent(health={"celery.broker_connected": "True"})], "OK", "1 connected"),
     ],
 )
 def test_doctor_probes_agents(set_agents, agents, verdict, text):
-    """Agents that do not answer, have no session or report the same worker are warnings."""
+    """Agents without an answer, a session or a broker, or with the same worker are warnings."""
     set_agents(agents)
     found = probe_agents("p")
     assert (found.verdict, text in found.message) == (verdict, True)
