@@ -179,7 +179,8 @@ def _late_by(channel: Channel) -> float:
     sent_at = getattr(channel, "_brpop_sent_at", None)
     if not sent_at or not getattr(channel, "_in_poll", None):
         return 0.0
-    return max(0.0, monotonic() - sent_at - (getattr(channel, "brpop_timeout", None) or 0.0))
+    allowed = getattr(channel, "brpop_timeout", None) or 0.0
+    return max(0.0, float(monotonic() - sent_at - allowed))
 
 
 def describe_cause(error: BaseException) -> str:
