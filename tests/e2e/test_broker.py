@@ -30,8 +30,8 @@ WORKERS = {
 #: Workers whose connection Celery does not replace if it stays silent.
 NEVER_RECONNECTED = ("gevent", "green_kombu", "eventlet", "threads")
 
-#: Ticks that a task makes in 5 s.
-TICKS = 100
+#: Ticks that a task makes in 3 s.
+TICKS = 60
 
 #: Timeout of each awaited condition, in seconds.
 TIMEOUT = 40.0
@@ -92,7 +92,7 @@ class BrokerLab:
         return (self.projects[name].home / "all.ticks").stat().st_size
 
     def wait_ticks(self, names):
-        """Wait until the tasks of these workers have run on for 5 s."""
+        """Wait until the tasks of these workers have run on for 3 s."""
         before = {name: self.ticks(name) for name in names}
         for name in names:
             until(lambda name=name: self.ticks(name) >= before[name] + TICKS, name, timeout=TIMEOUT)
