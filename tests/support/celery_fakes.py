@@ -159,8 +159,9 @@ class ClusterConnection:
     def __init__(self, cluster):
         self.cluster = cluster
         self.open = False
-        self.alt = ["redis://"]
+        self.alt = ["memory://"]
         self.connection = None
+        self.transport = SimpleNamespace(driver_type="memory")
 
     def ensure_connection(self, **_options):
         if self.cluster.broker_error:

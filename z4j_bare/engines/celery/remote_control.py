@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Maximum seconds for which the broker may not answer, so that no request stays in a network that
+#: drops its packets.
+MAX_WAIT = 10.0
+
 #: Seconds to wait for the reply of one worker.
 REPLY_TIMEOUT = 2.0
 
@@ -123,7 +127,7 @@ class RemoteControl:
         self, command: str, arguments: dict[str, object], to: str | None, timeout: float
     ) -> Any:
         with broker_connection(self._app) as connection:
-            open_connection(connection)
+            open_connection(connection, MAX_WAIT)
             mailbox = self._app.control.mailbox(connection)
             mailbox.producer_pool = None  # or else kombu publishes on a connection of the pool
             if to is None:
