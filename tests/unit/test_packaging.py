@@ -60,7 +60,7 @@ def test_source_distribution_contains_pages_and_tests():
 
 def test_pages_name_this_version(setup_cfg):
     """Every version of this package that a page names is the present one."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     named = {
         found
         for page in pages
