@@ -22,6 +22,10 @@ from z4j_bare.errors import LocalStorageError
 #: What the result of :func:`settle_home` depends on.
 _Key = tuple[str | None, str | None, int]
 
+#: Maximum bytes of the path of a state directory. SQLite opens no file whose path has more than 511
+#: bytes, and the names of the files take up to 60.
+MAX_PATH_BYTES = 440
+
 #: What to do if a directory is unusable.
 HINT = "set Z4J_HOME to a private directory of that user"
 _EFFECTIVE = os.access in os.supports_effective_ids
@@ -203,7 +207,8 @@ def _configured() -> tuple[Path | None, str]:
             f"Z4J_HOME is not set, and uid {uid} has no home directory (neither HOME nor an entry "
             "in the password database)"
         )
-    obstacle = _obstacle(home)
+    too_long = len(os.fsencode(home)) > MAX_PATH_BYTES
+    obstacle = os.strerror(errno.ENAMETOOLONG) if too_long else _obstacle(home)
     if not obstacle:
         return home, ""
     return home, f"uid {uid} cannot write to {'Z4J_HOME=' if variable else ''}{home} ({obstacle})"
@@ -214,8 +219,9 @@ def _export_if_relative(home: Path) -> None:
 
     A process may change its working directory, and a child may have another one.
     """
+    # pathlib would raise RuntimeError for the home of an unknown user.
     path = os.environ.get("Z4J_HOME") or "~"
-    if not os.path.isabs(os.path.expanduser(path)):  # noqa: PTH111 - pathlib raises RuntimeError
+    if not os.path.isabs(os.path.expanduser(path)):  # noqa: PTH111, PTH117
         os.environ["Z4J_HOME"] = str(home)
 
 

@@ -127,6 +127,13 @@ def test_relative_home_is_made_absolute(monkeypatch, tmp_path, name):
     assert settle_home() == z4j_home() == directory
 
 
+def test_home_with_long_path_is_replaced(monkeypatch, tmp_path):
+    """SQLite opens no file in a directory whose path is too long."""
+    monkeypatch.setenv("Z4J_HOME", str(tmp_path.joinpath(*["d" * 200] * 3)))
+    assert settle_home() == tmp_path / "tmp" / ME
+    assert "File name too long" in take_notice()
+
+
 def test_home_in_loop_of_links_is_replaced(monkeypatch, tmp_path):
     """A HOME that is a loop of symbolic links is named in the notice."""
     (tmp_path / "loop").symlink_to("loop")

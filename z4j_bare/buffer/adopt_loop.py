@@ -150,6 +150,13 @@ class AdoptLoop:
                     "z4j: the existing agent left unsent events in %s: sending them now", path
                 )
                 self._adopt(buffer, stop_event)
+                if buffer.unreadable:
+                    logger.warning(
+                        "z4j: %d rows of %s cannot be read and stay in the file; "
+                        "z4j-bare buffer drop deletes it",
+                        buffer.unreadable,
+                        path,
+                    )
             elif isinstance(buffer, LocalStorageError) and classify(buffer) == BUSY:
                 continue  # the process runs
             elif not isinstance(buffer, NoEventsError):

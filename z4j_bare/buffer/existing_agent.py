@@ -121,6 +121,8 @@ def read_existing_buffer(path: Path, digest: str | None = None) -> ExistingBuffe
         problem = "" if running else str(error)
     else:
         lock.release()
+    if path.is_symlink() or not path.is_file():  # SQLite would wait for the writer of a FIFO
+        return ExistingBufferReport(path, running, size, problem=problem)
     mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True, timeout=0.1)) as database:
@@ -177,6 +179,8 @@ class ExistingBuffer:
         self.path = path
         #: Number of events moved so far.
         self.moved = 0
+        #: Number of rows with events that cannot be read. They stay in the file.
+        self.unreadable = 0
         self._max_target_rows = max_target_rows
         #: Ids of rows whose events were copied to the target, but which are not deleted yet.
         self._pending: list[int] = []
@@ -225,6 +229,7 @@ class ExistingBuffer:
         entries, ids = _entries(rows)
         target.import_rows(entries)
         self.moved += len(entries)
+        self.unreadable += len(rows) - len(ids)
         self._last_id, self._pending = rows[-1][0], ids
         self._delete_pending()
         return MOVED
@@ -275,7 +280,8 @@ class _FileLock:
 
     def __init__(self, path: Path, mode: int) -> None:
         try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            # Without O_NONBLOCK, open() would wait for a writer if the file is a FIFO.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             self._descriptor: int | None = open_file(path, flags)
         except OSError as error:
             raise LocalStorageError(f"cannot open {path}: {error.strerror}") from error

@@ -293,10 +293,23 @@ def test_agent_reports_buffer_that_it_cannot_send(home, adopter, caplog, case):
             make_old(path)
     adopter.run(10 * SCAN_INTERVAL)
     assert adopter.rows() == []
-    (warning,) = messages(caplog)
+    *sending, warning = messages(caplog)
     assert "buffer-4376.sqlite" in warning
-    if case != "unreadable rows":
-        assert "z4j-bare buffer list" in warning
+    assert "z4j-bare buffer drop" in warning
+    if case == "unreadable rows":
+        assert "1 rows of" in warning
+    assert len(sending) == (case == "unreadable rows")
+
+
+def test_fifo_with_name_of_buffer_does_not_block(home, adopter, caplog):
+    """A FIFO is reported like any file that is no buffer, and the next buffer is sent."""
+    fifo = leave(home, existing_event(1)).with_name("buffer-1.sqlite")
+    os.mkfifo(fifo, 0o600)
+    os.utime(fifo, (0, 0))
+    assert "not a regular file" in read_existing_buffer(fifo).problem
+    adopter.run(5 * SCAN_INTERVAL)
+    assert len(adopter.rows()) == 1
+    assert "not a regular file" in messages(caplog)[0]
 
 
 def test_agent_ignores_empty_buffer(home, adopter, caplog):
