@@ -200,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises ``HarnessError`` if an event was lost or doubled.
     """
+    check_options(args)
     before = circumstances()
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="z4j-fleet-")))
@@ -214,6 +215,18 @@ def run(args: argparse.Namespace) -> None:
     _publish(args, before, figures, results)
     if figures["lost"] or figures["doubled"] or figures["in the brain"] != figures["produced"]:
         raise HarnessError("events were lost, doubled or did not arrive")
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ``HarnessError`` for options with which the benchmark would measure nothing."""
+    if not 1 <= args.tokens <= args.agents:
+        raise HarnessError("--tokens must be at least 1 and at most --agents")
+    if args.rate < 0 or args.backlog < 0 or args.seconds <= 0:
+        raise HarnessError("--rate and --backlog must not be negative, --seconds must be positive")
+    if not args.rate and not args.backlog:
+        raise HarnessError("the agents have no events: give --rate or --backlog")
+    if args.restart and not args.rate:
+        raise HarnessError("--restart needs --rate: the restart is in the middle of --seconds")
 
 
 class Trial:
