@@ -79,7 +79,8 @@ def retries(self):
 
 @app.task(name="e2e.retries_later", bind=True)
 def retries_later(self):
-    raise self.retry(countdown=3600, exc=ConnectionError("later"))
+    # In a queue without a consumer. In its own, a worker would receive the task again at once.
+    raise self.retry(countdown=3600, queue="unread", exc=ConnectionError("later"))
 
 
 @app.task(name="e2e.fails_once")

@@ -90,7 +90,7 @@ def http_peer(backend):
         (WELCOMED, 4400, "protocol", "could not parse a frame"),
         (WELCOMED, 4403, "auth", "Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE)"),
         (WELCOMED, 4408, "connection", "no frame for too long"),
-        (WELCOMED, 4429, "limited", "64 sessions of one token"),
+        (WELCOMED, 4429, "limited", "64 sessions, or its setting"),
         (WELCOMED, 1011, "connection", "failed to process a frame"),
         (WELCOMED, 1012, "connection", "restarting"),
         (WELCOMED, 1001, "connection", "shutting down"),
