@@ -32,8 +32,9 @@ _LIMIT_REACHED = (
 )
 _TURNED_AWAY = (
     "the brain turned this agent away: the token has all sessions that the brain allows (64 "
-    "sessions, or its setting Z4J_WS_PER_AGENT_CONCURRENCY_CAP); events wait in the buffer until a session ends; create one "
-    "agent in the brain, with a Z4J_TOKEN of its own, for each worker or group of workers"
+    "sessions, or its setting Z4J_WS_PER_AGENT_CONCURRENCY_CAP); events wait in the buffer until a "
+    "session ends; create one agent in the brain, with a Z4J_TOKEN of its own, for each worker or "
+    "group of workers"
 )
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
