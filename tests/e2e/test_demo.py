@@ -58,8 +58,9 @@ def test_demo_refuses_database_with_tables(postgres, tmp_path):
         ((r"/database_\d+$", "/absent"), "absent does not exist: create it with createdb"),
         ((r"^postgresql", "mysql"), "use postgresql://user:password@host:5432/name"),
         ((r"/database_\d+$", ""), "use postgresql://user:password@host:5432/name"),
+        ((r":[0-9a-f]{32}@", ":pass/word@"), "of user and password as %2F"),
     ],
-    ids=["address", "password", "name", "scheme", "no name"],
+    ids=["address", "password", "name", "scheme", "no name", "unquoted"],
 )
 def test_wrong_database_is_reported_in_one_line(postgres, tmp_path, change, message):
     """A wrong address is reported in one line, which names flag and fix, but no password."""
@@ -71,7 +72,7 @@ def test_wrong_database_is_reported_in_one_line(postgres, tmp_path, change, mess
     assert err.startswith("z4j-bare demo: --database")
     assert message in err
     assert len(err.splitlines()) == 1
-    assert (urlsplit(url).password or "no password") not in err
+    assert (urlsplit(url).password or "pass/word") not in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,11 +129,22 @@ def test_demo_with_keep_runs_brain_until_signal(tmp_path):
     assert processes_of(tmp_path) == []
 
 
-def test_unreachable_broker_is_reported_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://:secret@127.0.0.1:1/0", "no broker answers at redis://:**@127.0.0.1:1/0"),
+        (
+            "amqp://user:secret@absent.invalid//",
+            "the host name of the broker at amqp://user:**@absent.invalid:5672// cannot be",
+        ),
+    ],
+)
+def test_unreachable_broker_is_reported_in_one_line(tmp_path, url, message):
     """An unreachable broker is reported in one line, which names the flag, but no password."""
-    code, out, err = run_demo(tmp_path, "--broker", "redis://:secret@127.0.0.1:1/0")
+    code, out, err = run_demo(tmp_path, "--broker", url)
     assert (code, out) == (1, "")
-    assert err.startswith("z4j-bare demo: --broker: no broker answers at redis://:**@127.0.0.1:1/0")
+    assert err.startswith(f"z4j-bare demo: --broker: {message}")
+    assert "secret" not in err
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -206,6 +206,17 @@ def test_refused_vhost_is_reported_in_one_line(rabbit, tmp_path, name, message):
     assert len(err.splitlines()) == 1
 
 
+def test_limit_of_connections_is_reported_in_one_line(rabbit, tmp_path):
+    """A virtual host whose limit is reached is no virtual host to create."""
+    url = rabbit.add_vhost("limited")
+    rabbit.control("set_vhost_limits", "-p", "limited", '{"max-connections": 0}')
+    code, _out, err = run_demo(tmp_path, "--broker", url)
+    assert code == 1
+    assert "refuses another connection: NOT_ALLOWED - " in err
+    assert "raise the limit: rabbitmqctl list_vhost_limits" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_starting_worker_names_fix_of_refused_vhost(rabbit, agent_credentials, tmp_path):
     """Celery never makes such a worker ready; the agent's line beside Celery's names the fix."""
     credentials = agent_credentials()

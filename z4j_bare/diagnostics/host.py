@@ -298,8 +298,7 @@ def _check_brokers(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
         return None
     cause = "; ".join(f"process {pid} ({problem})" for pid, problem in problems.items())
     return f"no task can arrive in {cause}", (
-        "check whether the broker runs, the network to it, and its address (for Celery: "
-        "broker_url); restart a worker whose own connection gets no reply"
+        "check whether the broker runs, the network to it, and its address (for Celery: broker_url)"
     )
 
 

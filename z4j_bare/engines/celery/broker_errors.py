@@ -61,7 +61,7 @@ def _explain_virtual_host(
     error: BaseException, connection: Connection, address: str
 ) -> tuple[str, str]:
     text, vhost = _text(error), connection.virtual_host
-    if "limit" in text:
+    if "connection limit (" in text:
         fix = (
             "close connections, or raise the limit: rabbitmqctl list_vhost_limits, "
             "rabbitmqctl list_user_limits"

@@ -37,7 +37,7 @@ MAX_SILENCE = 2.0
 BROKEN_AFTER = 10.0
 
 #: The error that is reported for a broken connection of the worker.
-BROKEN = "no reply on the worker's own connection"
+BROKEN = "no reply on the worker's own connection; if this lasts, restart the worker"
 
 #: AMQP's reply code for a missing queue.
 #: RabbitMQ sends the code as a number, kombu's virtual transports (such as Redis) as text.

@@ -49,8 +49,8 @@ def wrapped(error):
             "correct user and password",
         ),
         (
-            NotAllowed("NOT_ALLOWED - vhost connection limit (1) is reached", (10, 40)),
-            "refuses another connection: NOT_ALLOWED - vhost connection limit (1) is reached",
+            NotAllowed("NOT_ALLOWED - access refused: connection limit (1) is reached", (10, 40)),
+            "refuses another connection: NOT_ALLOWED - access refused: connection limit (1)",
             "rabbitmqctl list_vhost_limits",
         ),
         (
