@@ -8,37 +8,34 @@ same run. ``--restart`` restarts the brain in the middle of the run.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
 import json
 import mmap
-import sqlite3
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Self
 
+from benchmarks.databases import DATABASES, query, running_brain
 from benchmarks.peers import progress
 from benchmarks.report import circumstances, save, table
-from tests.support.postgres import PostgresServer
-from z4j_bare.demo.brain import Brain
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import worker_environment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from z4j_bare.demo.brain import Brain
     from z4j_bare.demo.rest import Credentials
 
 SCRIPT = Path(__file__).with_name("inside") / "bench_fleet.py"
-DATABASES = ("sqlite", "postgresql")
 PROJECT = "fleet"
 
 #: Minimum number of events from which the rate of one agent is calculated.
@@ -204,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     before = circumstances()
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="z4j-fleet-")))
-        brain = stack.enter_context(_brain(args.database, home / "brain"))
+        brain = stack.enter_context(running_brain(args.database, home / "brain"))
         brain.create_project(PROJECT)
         trial = Trial(brain, home, args)
         alone = [trial.rate_of_one()] if args.backlog else []
@@ -321,37 +318,10 @@ class Trial:
 
     def _rows(self) -> tuple[int, int]:
         """Return the number of events, and of tasks with an event, in the brain's database."""
-        query = "SELECT count(*), count(DISTINCT task_id) FROM events"
-        url = self._brain.database_url
-        if url.startswith("sqlite"):
-            path = url.partition("///")[2].partition("?")[0]
-            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-                rows, tasks = connection.execute(query).fetchone()
-        else:
-            rows, tasks = asyncio.run(_query(url.replace("+asyncpg", ""), query))
+        ((rows, tasks),) = query(
+            self._brain, "SELECT count(*), count(DISTINCT task_id) FROM events"
+        )
         return rows, tasks
-
-
-async def _query(url: str, query: str) -> tuple[int, int]:
-    import asyncpg
-
-    connection = await asyncpg.connect(url)
-    try:
-        row = await connection.fetchrow(query)
-        return row[0], row[1]
-    finally:
-        await connection.close()
-
-
-@contextmanager
-def _brain(database: str, home: Path) -> Iterator[Brain]:
-    """Start a brain on the database, and stop both at the end."""
-    if database == "sqlite":
-        with Brain(home) as brain:
-            yield brain
-        return
-    with PostgresServer() as server, server.brain(home) as brain:
-        yield brain
 
 
 def summary(

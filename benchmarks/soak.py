@@ -1,41 +1,51 @@
-"""Growth over time: events at a constant rate with reconnects.
+"""Growth over time: events at a constant rate with reconnects, restarts and a full disk.
 
-Memory, descriptors, greenlets and files must not grow.
+Memory, descriptors, threads, greenlets and files must not grow, and no event may be lost silently.
 
-The first half runs against a scripted peer that acknowledges at once and closes the connection now
-and then, the second against the real brain at half its ingest rate, shared by all modes. Slopes are
-least squares over all samples but the first fifth.
+The first part runs against scripted peers that acknowledge at once and close the connections now
+and then, the second against the real brain, by default at half its ingest rate, shared by all
+modes. Each mode has two hosts that share a home: one runs all the time, the other one is stopped
+and killed in turn. Slopes are least squares over all samples of the first one but the first fifth.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.crash import MODES
+from benchmarks.databases import DATABASES, query, running_brain
 from benchmarks.ingest import Feed
-from benchmarks.peers import Peers, progress
-from benchmarks.report import circumstances, save, table
+from benchmarks.peers import progress
+from benchmarks.report import OUT, circumstances, save, table
+from benchmarks.soak_hosts import (
+    Account,
+    Disk,
+    Host,
+    Pair,
+    Site,
+    account,
+    numbers_by_host,
+    schedule,
+    unexplained,
+)
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.concurrency.threads import ThreadsConcurrency
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.rest import Credentials
-from z4j_bare.demo.worker import worker_environment
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Callable
 
-HOST = Path(__file__).with_name("inside") / "bench_soak.py"
 AGAINST = ("peer", "brain")
 
 #: Measured values: key of the sample, title, unit in bytes or pieces.
@@ -45,6 +55,7 @@ FIGURES = (
     ("threads", "native threads", 1),
     ("greenlets", "greenlets", 1),
     ("file", "buffer files (MiB)", 1 << 20),
+    ("files", "files", 1),
 )
 _CALIBRATION = 3000
 _WARM_UP = 0.2
@@ -61,7 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rate", type=float, default=500.0, help="events/s against the peer (default: %(default)s)"
     )
+    parser.add_argument(
+        "--brain-rate",
+        type=float,
+        default=0.0,
+        help="events/s of each mode against the brain (default: half its rate, divided by the modes)",
+    )
     parser.add_argument("--against", nargs="+", choices=AGAINST, default=list(AGAINST))
+    parser.add_argument("--database", choices=DATABASES, default="sqlite", help="of the brain")
     parser.add_argument(
         "--modes",
         nargs="+",
@@ -75,143 +93,185 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=20.0,
         help="seconds between two sessions (default: %(default)s)",
     )
+    parser.add_argument(
+        "--restart",
+        type=float,
+        default=70.0,
+        help="seconds between two ends of the second host, a kill and a stop in turn; "
+        "0: no second host (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--full-disk",
+        type=float,
+        default=180.0,
+        help="seconds between two periods of 40 s with a full disk; 0: never, "
+        "where namespaces are not allowed (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all hosts; print the slopes, save samples and picture.
+    """Run all hosts; print the slopes and the events, save samples and picture.
 
-    Raises ``HarnessError`` if an event was not acknowledged.
+    Raises ``HarnessError`` if an event was lost silently or is twice in the brain.
     """
     before = circumstances()
-    found: dict[str, list[Host]] = {}
+    found: list[Outcome] = []
     try:
         for name in args.against:
-            found[name] = _run_against_peers(args) if name == "peer" else _run_against_brain(args)
+            run_part = _run_against_peers if name == "peer" else _run_against_brain
+            found += run_part(args)
     finally:
         _publish(args, before, found)
-    if lossy := [host.title for hosts in found.values() for host in hosts if not host.complete]:
-        raise HarnessError(f"not every event was acknowledged: {', '.join(lossy)}")
+    if faulty := [each.title for each in found if each.faults]:
+        raise HarnessError(f"events were lost silently or doubled: {', '.join(faulty)}")
 
 
-class Host:
-    """One host in a subprocess and the samples that it prints; a context manager."""
+@dataclass
+class Outcome:
+    """The hosts of one mode after a run, and what became of their events.
 
-    def __init__(
-        self,
-        mode: str,
-        against: str,
-        rate: float,
-        args: argparse.Namespace,
-        agent: Credentials,
-        home: Path,
-    ) -> None:
-        self.title = f"{mode}, {against}"
-        self.rate = rate
-        self.samples: list[dict[str, Any]] = []
-        self._seconds = args.minutes * 60
-        root = str(HOST.parents[2])
-        extra = {**agent.env(home), "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-        numbers = (rate, self._seconds, args.reconnect)
-        self._process = subprocess.Popen(
-            [sys.executable, str(HOST), mode, *map(str, numbers)],
-            env=worker_environment(extra),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # warnings about sessions that end on purpose
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    ``doubled`` counts events that were stored twice; a peer may receive an event twice.
+    """
+
+    title: str
+    steady: Host
+    accounts: list[Account]
+    doubled: int
+    files: list[str]
 
     @property
-    def complete(self) -> bool:
-        """Whether all produced events were acknowledged and none was lost, by the last sample."""
-        last: dict[str, Any] = (
-            self.samples[-1] if self.samples else {"produced": 1, "acked": 0, "lost": {}}
-        )
-        return bool(last["acked"] >= last["produced"]) and not last["lost"]
+    def faults(self) -> int:
+        """The number of events that were lost silently or doubled."""
+        return unexplained(self.accounts) + self.doubled
 
     def after_warm_up(self, key: str) -> tuple[list[float], list[float]]:
         """Return times in minutes and the values of one key after the warm-up."""
-        end = self.samples[-1]["at"]
-        kept = [
-            each for each in self.samples if each["at"] >= end * _WARM_UP and each[key] is not None
-        ]
+        samples = [each for each in self.steady.samples if not each["ended"]]
+        end = samples[-1]["at"]
+        kept = [each for each in samples if each["at"] >= end * _WARM_UP and each[key] is not None]
         return [each["at"] / 60 for each in kept], [float(each[key]) for each in kept]
-
-    def wait(self) -> None:
-        """Wait for the end of the subprocess."""
-        self._reader.join(self._seconds + 180)
-
-    def _read(self) -> None:
-        for line in self._process.stdout or ():
-            self.samples.append(json.loads(line))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join(5.0)
 
 
 class AcknowledgingPeer(Peer):  # type: ignore[misc]
-    """Acknowledges at once and keeps no frames."""
+    """Acknowledges at once and keeps no frames, but which events they contained."""
+
+    def __init__(self) -> None:
+        super().__init__(ThreadsConcurrency())
+        self.arrived: Counter[tuple[str, str]] = Counter()
 
     def on_frame(self, session: Any, frame: Any) -> None:
-        """React to the frame and drop it."""
+        """Note the events, react to the frame and drop it."""
+        if frame.type == "event_batch":
+            self.arrived.update((each["task_id"], each["kind"]) for each in frame.payload.events)
         super().on_frame(session, frame)
         session.frames.clear()
 
+    def drop(self) -> None:
+        """Close all connections."""
+        for session in self.live:
+            session.drop()
 
-def _run_against_peers(args: argparse.Namespace) -> list[Host]:
+
+def _run_against_peers(args: argparse.Namespace) -> list[Outcome]:
     """Run each mode against a peer, which closes connections halfway between two reconnects."""
     with tempfile.TemporaryDirectory(prefix="z4j-soak-") as name, ExitStack() as stack:
-        folder = Path(name)
-        peers = [AcknowledgingPeer(ThreadsConcurrency()) for _ in args.modes]
+        peers = [AcknowledgingPeer() for _ in args.modes]
         for peer in peers:
             stack.callback(peer.stop)
-        hosts = []
-        for mode, peer in zip(args.modes, peers, strict=True):
-            agent = Credentials(peer.url, PROJECT, "", TOKEN, SECRET_TEXT)
-            hosts.append(
-                stack.enter_context(Host(mode, "peer", args.rate, args, agent, folder / mode))
-            )
+        agents = [Credentials(peer.url, PROJECT, "", TOKEN, SECRET_TEXT) for peer in peers]
         progress(f"{args.minutes:g} minutes against scripted peers")
-        time.sleep(args.reconnect / 2)
-        ends = time.monotonic() + args.minutes * 60 - args.reconnect
-        while time.monotonic() < ends:
+        pairs = _start(args, Path(name), agents, args.rate, stack)
+
+        def drop() -> None:
             for peer in peers:
-                if peer.last:
-                    peer.last.drop()
-            time.sleep(args.reconnect)
-        for host in hosts:
-            host.wait()
-    return hosts
+                peer.drop()
+
+        _follow(args, pairs, drop)
+        events = [event for peer in peers for event in peer.arrived.elements()]
+    return _outcomes("peer", pairs, events, stores=False)
 
 
-def _run_against_brain(args: argparse.Namespace) -> list[Host]:
-    """Run all modes against one brain at half its ingest rate."""
-    with ExitStack() as stack, Peers() as peers:
-        rate = Feed(peers.new_agent("ingest")).rate(_CALIBRATION, 500)
-        share = rate / 2 / len(args.modes)
-        progress(f"{args.minutes:g} minutes against the brain: {share:.0f} events/s per host")
-        hosts = []
-        for mode in args.modes:
-            agent = peers.new_agent(f"soak-{mode}")
-            hosts.append(
-                stack.enter_context(
-                    Host(mode, "brain", share, args, agent, peers.home / f"soak-{mode}")
-                )
-            )
-        for host in hosts:
-            host.wait()
-    return hosts
+def _run_against_brain(args: argparse.Namespace) -> list[Outcome]:
+    """Run all modes against one brain."""
+    with tempfile.TemporaryDirectory(prefix="z4j-soak-") as name, ExitStack() as stack:
+        home = Path(name)
+        brain = stack.enter_context(running_brain(args.database, home / "brain"))
+        projects = ["ingest", *(f"soak-{mode}" for mode in args.modes)]
+        for project in projects:
+            brain.create_project(project)
+        first, *agents = [brain.mint_agent(project, project) for project in projects]
+        rate = args.brain_rate or Feed(first).rate(_CALIBRATION, 500) / 2 / len(args.modes)
+        progress(f"{args.minutes:g} minutes against the brain on {args.database}: {rate:.0f}/s")
+        pairs = _start(args, home, agents, rate, stack)
+        _follow(args, pairs, None)
+        events = query(brain, "SELECT task_id, kind FROM events WHERE task_id LIKE '%-%-%'")
+    kept = [(str(task_id), str(kind)) for task_id, kind in events]
+    return _outcomes(args.database, pairs, kept, stores=True)
+
+
+def _start(
+    args: argparse.Namespace,
+    home: Path,
+    agents: Sequence[Credentials],
+    rate: float,
+    stack: ExitStack,
+) -> list[Pair]:
+    OUT.mkdir(exist_ok=True)
+    log = stack.enter_context((OUT / "soak-hosts.log").open("ab"))
+    pairs = []
+    for mode, agent in zip(args.modes, agents, strict=True):
+        disk = stack.enter_context(Disk(home / mode)) if args.full_disk else None
+        site = Site(mode, agent, home / mode, args.reconnect, log, disk)
+        pair = Pair(site, rate, args.minutes * 60, restarted=args.restart > 0)
+        pairs.append(stack.enter_context(pair))
+    return pairs
+
+
+def _follow(
+    args: argparse.Namespace, pairs: Sequence[Pair], drop: Callable[[], None] | None
+) -> None:
+    """Do to all hosts what the schedule says, and wait for their end."""
+    began = time.monotonic()
+    for moment, what in schedule(
+        args.minutes * 60,
+        drop=args.reconnect if drop else 0.0,
+        restart=args.restart,
+        full=args.full_disk,
+    ):
+        time.sleep(max(0.0, began + moment - time.monotonic()))
+        if what == "drop":
+            if drop:
+                drop()
+            continue
+        progress(f"{moment:.0f} s: {what}")
+        _all(pairs, lambda pair, what=what: pair.happen(what))
+    time.sleep(max(0.0, began + args.minutes * 60 - time.monotonic()))
+    _all(pairs, Pair.finish)
+
+
+def _all(pairs: Sequence[Pair], action: Callable[[Pair], None]) -> None:
+    """Do the same to all pairs at the same time."""
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        list(pool.map(action, pairs))
+
+
+def _outcomes(
+    name: str, pairs: Sequence[Pair], events: Iterable[tuple[str, str]], *, stores: bool
+) -> list[Outcome]:
+    arrived = numbers_by_host(events)
+    outcomes = []
+    for pair in pairs:
+        accounts = [
+            account(host.name, host.end, host.last, arrived.get(host.name, ()))
+            for host in pair.hosts
+        ]
+        repeated = sum(
+            number - 1 for host in pair.hosts for number in arrived.get(host.name, {}).values()
+        )
+        outcomes.append(
+            Outcome(f"{pair.mode}, {name}", pair.steady, accounts, repeated * stores, pair.left)
+        )
+    return outcomes
 
 
 def slope(moments: Sequence[float], values: Sequence[float]) -> float:
@@ -229,49 +289,72 @@ def slope(moments: Sequence[float], values: Sequence[float]) -> float:
     )
 
 
-def _publish(
-    args: argparse.Namespace, before: dict[str, Any], found: dict[str, list[Host]]
-) -> None:
-    hosts = [host for each in found.values() for host in each if host.samples]
-    if not hosts:
+def _publish(args: argparse.Namespace, before: dict[str, Any], found: Sequence[Outcome]) -> None:
+    outcomes = [each for each in found if each.steady.samples]
+    if not outcomes:
         return
     titles = [f"{title}: last, per minute" for _, title, _ in FIGURES]
-    print(
-        table(
-            ("host", "events/s", "events", "sessions", *titles, "CPU %", "acked"),
-            [_line(host) for host in hosts],
-        )
-    )
+    header = ("host", "events/s", "minutes", "sessions", *titles, "CPU %")
+    print(table(header, [_line(each) for each in outcomes]), end="\n\n")
+    print(table(_EVENTS_HEADER, [_events_line(each) for each in outcomes]))
     content = {
         **before,
         "options": {key: value for key, value in vars(args).items() if key != "name"},
         "slopes_per_minute": {
-            host.title: {key: slope(*host.after_warm_up(key)) for key, _, _ in FIGURES}
-            for host in hosts
+            each.title: {key: slope(*each.after_warm_up(key)) for key, _, _ in FIGURES}
+            for each in outcomes
         },
-        "samples": {host.title: host.samples for host in hosts},
+        "accounts": {each.title: [asdict(one) for one in each.accounts] for each in outcomes},
+        "files": {each.title: each.files for each in outcomes},
+        "samples": {each.title: each.steady.samples for each in outcomes},
     }
     path = save("soak", content)
-    _draw(path.with_suffix(".png"), hosts)
+    _draw(path.with_suffix(".png"), outcomes)
     print(f"saved {path} and {path.with_suffix('.png').name}")
 
 
-def _line(host: Host) -> tuple[object, ...]:
-    last = host.samples[-1]
+def _line(outcome: Outcome) -> tuple[object, ...]:
+    host, last = outcome.steady, outcome.steady.samples[-1]
     figures = []
     for key, _, unit in FIGURES:
-        moments, values = host.after_warm_up(key)
+        moments, values = outcome.after_warm_up(key)
         figures.append(
             f"{values[-1] / unit:.4g}, {slope(moments, values) / unit:+.3f}" if values else "-"
         )
     cpu = f"{100 * last['cpu'] / last['at']:.1f}"
-    acked = (
-        "all" if host.complete else f"{last['acked']} of {last['produced']}, lost {last['lost']}"
+    minutes = f"{last['at'] / 60:.1f}"
+    return outcome.title, f"{host.rate:.0f}", minutes, last["sessions"], *figures, cpu
+
+
+_EVENTS_HEADER = (
+    *("hosts", "processes", "stopped", "killed", "must arrive", "arrived", "missing", "reported"),
+    *("missing silently", "doubled", "times without disk", "files left"),
+)
+
+
+def _events_line(outcome: Outcome) -> tuple[object, ...]:
+    accounts = outcome.accounts
+    ends = Counter(each.end for each in accounts)
+    lost: Counter[str] = Counter()
+    for each in accounts:
+        lost.update(each.lost)
+    return (
+        outcome.title,
+        len(accounts),
+        ends["stop"],
+        ends["kill"],
+        sum(each.expected for each in accounts),
+        sum(each.arrived for each in accounts),
+        sum(len(each.missing) for each in accounts),
+        ", ".join(f"{reason} {number}" for reason, number in sorted(lost.items())) or 0,
+        unexplained(accounts),
+        outcome.doubled,
+        outcome.steady.samples[-1]["buffer_failures"],
+        len(outcome.files),
     )
-    return host.title, f"{host.rate:.0f}", last["produced"], last["sessions"], *figures, cpu, acked
 
 
-def _draw(path: Path, hosts: Sequence[Host]) -> None:
+def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -279,13 +362,13 @@ def _draw(path: Path, hosts: Sequence[Host]) -> None:
 
     figure, panels = plt.subplots(1, len(FIGURES), figsize=(4 * len(FIGURES), 3.6))
     for panel, (key, title, unit) in zip(panels, FIGURES, strict=True):
-        for host in hosts:
+        for outcome in outcomes:
             kept = [
                 (each["at"] / 60, each[key] / unit)
-                for each in host.samples
-                if each[key] is not None
+                for each in outcome.steady.samples
+                if each[key] is not None and not each["ended"]
             ]
-            panel.plot(*zip(*kept, strict=True), label=host.title, linewidth=1)
+            panel.plot(*zip(*kept, strict=True), label=outcome.title, linewidth=1)
         panel.set_title(title)
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)

@@ -1,12 +1,16 @@
 """A host that records events at a constant rate and prints one line of JSON a second.
 
-``python bench_soak.py MODE RATE SECONDS RECONNECT``; ``RECONNECT`` is the interval of reconnects in
-seconds.
+``python bench_soak.py MODE NAME RATE SECONDS RECONNECT``; ``NAME`` begins the ids of its tasks, and
+``RECONNECT`` is the interval of reconnects in seconds. At the end of ``SECONDS`` the host waits
+until its home has no event of any process. SIGTERM stops it without that wait. The last line is
+printed after the stop of the agent.
 """
 
 import gc
 import json
 import os
+import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -29,8 +33,12 @@ GROUP = 10
 SAMPLE_INTERVAL = 1.0
 #: Seconds between two counts of greenlets, each of which walks the heap.
 COUNT_INTERVAL = 10.0
-#: Seconds to wait for the last acks: frames without any ack are sent again after 90.
-ACK_TIMEOUT = 120.0
+#: Seconds to wait until the home is empty: frames without any ack are sent again after 90, and the
+#: file of a dead process is adopted within 60.
+SETTLE_TIMEOUT = 150.0
+
+#: The file that fills the disk.
+FILLER = "filler"
 
 KINDS = (EventKind.TASK_RECEIVED, EventKind.TASK_STARTED, EventKind.TASK_SUCCEEDED)
 HOME = Path(os.environ["Z4J_HOME"])
@@ -46,15 +54,15 @@ class Engine:
         return set()
 
 
-def main(rate, seconds, reconnect):
+def main(name, rate, seconds, reconnect):
+    terminated = []
+    signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     runtime = install_agent(engines=[Engine()])
     began = sampled = asked = time.monotonic()
-    counted_at, number, task = -COUNT_INTERVAL, 0, ""
-    while (now := time.monotonic()) < began + seconds:
+    counted_at, number = -COUNT_INTERVAL, 0
+    while (now := time.monotonic()) < began + seconds and not terminated:
         for _ in range(max(0, int((now - began) * rate) - number)):
-            if number % len(KINDS) == 0:
-                task = str(uuid4())
-            runtime.record_event(event(task, number))
+            runtime.record_event(event(name, number))
             number += 1
         if now - asked > reconnect:
             asked = now
@@ -65,20 +73,29 @@ def main(rate, seconds, reconnect):
                 counted_at = now
             print_sample(runtime, now - began, count=count)
         time.sleep(GROUP / rate)
-    deadline = time.monotonic() + ACK_TIMEOUT
-    while runtime.stats()["acked"] < number and time.monotonic() < deadline:
+    deadline = time.monotonic() + SETTLE_TIMEOUT
+    while not (terminated or is_settled(runtime, number)) and time.monotonic() < deadline:
         time.sleep(0.1)
     print_sample(runtime, time.monotonic() - began, count=True)
     runtime.stop()
+    print_sample(runtime, time.monotonic() - began, count=False, ended=True)
 
 
-def event(task, number):
-    kind = KINDS[number % len(KINDS)]
+def is_settled(runtime, number):
+    """Whether no process of this home has left an event: all are acknowledged or lost."""
+    stats = runtime.stats()
+    left = stats["buffered"] or stats["adopting"]
+    done = stats["acked"] + sum(stats["lost"].values()) >= number
+    return done and not left and len(list(HOME.glob("**/z4j-green-*.sqlite"))) == 1
+
+
+def event(name, number):
+    task, step = divmod(number, len(KINDS))
     return Event.model_construct(
         id=uuid4(),
         engine="celery",
-        task_id=task,
-        kind=kind,
+        task_id=f"{name}-{task}",
+        kind=KINDS[step],
         occurred_at=datetime.now(UTC),
         data={
             "task_name": "bench.soak",
@@ -90,22 +107,40 @@ def event(task, number):
     )
 
 
-def print_sample(runtime, at, *, count):
+def print_sample(runtime, at, *, count, ended=False):
     stats = runtime.stats()
     counters = {
         name: stats[name]
-        for name in ("produced", "acked", "lost", "buffered", "sessions", "restarts")
+        for name in (
+            *("produced", "stored", "acked", "lost", "buffered", "adopting"),
+            *("buffer_durable", "buffer_failures", "sessions", "restarts"),
+        )
     }
     sample = {
         "at": round(at, 3),
+        "ended": ended,
         "rss": int(Path("/proc/self/statm").read_text().split()[1]) * PAGE,
         "fds": entries("fd") - 1,  # without the descriptor of this listing
         "threads": entries("task"),
         "greenlets": greenlets() if count else None,
-        "file": sum(path.stat().st_size for path in HOME.glob("**/z4j-green-*")),
+        **disk_usage(),
         "cpu": time.process_time(),
     }
     print(json.dumps({**sample, **counters}), flush=True)
+
+
+def disk_usage():
+    """Return the bytes of all buffer files, and the number of all files in the home."""
+    size = files = 0
+    for path in HOME.rglob("*"):
+        try:
+            status = path.lstat()
+        except FileNotFoundError:  # another process has deleted it
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            files += path.name != FILLER
+            size += status.st_size if path.name.startswith("z4j-green-") else 0
+    return {"file": size, "files": files}
 
 
 def entries(folder):
@@ -119,4 +154,4 @@ def greenlets():
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
+    main(sys.argv[2], *map(float, sys.argv[3:]))
