@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--brain-rate",
         type=float,
         default=0.0,
-        help="events/s of each mode against the brain (default: half its rate, divided by the modes)",
+        help="events/s against the brain (default: half of what it accepts, for all modes)",
     )
     parser.add_argument("--against", nargs="+", choices=AGAINST, default=list(AGAINST))
     parser.add_argument("--database", choices=DATABASES, default="sqlite", help="of the brain")

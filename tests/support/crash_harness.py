@@ -113,7 +113,9 @@ class CrashHarness:
     :param agent: ``Credentials``.
     """
 
-    def __init__(self, mode, agent, home):
+    script = SCRIPT
+
+    def __init__(self, mode, agent, home, **environment):
         self.home = home / "agent"
         root = str(Path(z4j_bare.__file__).parents[1])
         extra = {
@@ -122,10 +124,11 @@ class CrashHarness:
             "PYTHONWARNINGS": "ignore",
             "Z4J_FLUSH_EVENTS": str(GROUP),
             "Z4J_FLUSH_INTERVAL_SECONDS": "0.02",
+            **environment,
         }
         self._log = (home / f"victims-{mode}.log").open("ab")
         self._server = subprocess.Popen(
-            [sys.executable, str(SCRIPT), mode],
+            [sys.executable, str(self.script), mode],
             env=worker_environment(extra),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -144,9 +147,7 @@ class CrashHarness:
 
     def kill(self, trial):
         """Run a process up to its point and kill it there; return its :class:`Kill`."""
-        reply = self._run(trial)
-        os.kill(reply["pid"], signal.SIGKILL)
-        self._read_reply()
+        reply = self._kill(trial)
         left, corrupt = read_leftovers(self.home)
         last = max(
             (number for number in range(trial.events) if key(trial, number) in left), default=-1
@@ -165,6 +166,13 @@ class CrashHarness:
             raise HarnessError(
                 f"{len(left)} rows are still buffered after {timeout:g} s: the brain is too slow"
             )
+
+    def _kill(self, trial):
+        """Run a process up to its point, kill it there, and return what it answered."""
+        reply = self._run(trial)
+        os.kill(reply["pid"], signal.SIGKILL)
+        self._read_reply()
+        return reply
 
     def _run(self, trial):
         self._server.stdin.write(json.dumps(asdict(trial)).encode() + b"\n")

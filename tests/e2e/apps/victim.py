@@ -35,6 +35,10 @@ from z4j_bare.buffer.store import BufferStore  # noqa: E402
 from z4j_bare.pipeline.send import Sender  # noqa: E402
 from z4j_bare.pipeline.session import Connection  # noqa: E402
 
+#: The descriptor of the answers. What the host prints goes to standard error.
+ANSWERS = os.dup(1)
+os.dup2(2, 1)
+
 #: Seconds between two groups of events.
 PAUSE = 0.02
 
@@ -135,21 +139,24 @@ class Host:
 
     def report(self, point):
         stored = self.runtime.stats().get("stored", 0) if self.runtime else 0
-        write(
-            1, json.dumps({"pid": os.getpid(), "point": point, "stored": stored}).encode() + b"\n"
-        )
+        answer({"pid": os.getpid(), "point": point, "stored": stored})
 
 
-def serve():
+def answer(fields):
+    """Write a line of JSON to the harness."""
+    write(ANSWERS, json.dumps(fields).encode() + b"\n")
+
+
+def serve(host_of=Host):
     for line in sys.stdin:
         child = fork()
         if not child:
             try:
-                Host(Trial(**json.loads(line))).run()
+                host_of(Trial(**json.loads(line))).run()
             finally:
                 os._exit(0)
         waitpid(child, 0)
-        write(1, b"{}\n")
+        answer({})
 
 
 if __name__ == "__main__":
