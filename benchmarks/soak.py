@@ -146,7 +146,7 @@ class Outcome:
 
     def after_warm_up(self, key: str) -> tuple[list[float], list[float]]:
         """Return times in minutes and the values of one key after the warm-up."""
-        samples = [each for each in self.steady.samples if not each["ended"]]
+        samples = self.steady.samples
         end = samples[-1]["at"]
         kept = [each for each in samples if each["at"] >= end * _WARM_UP and each[key] is not None]
         return [each["at"] / 60 for each in kept], [float(each[key]) for each in kept]
@@ -261,15 +261,22 @@ def _outcomes(
     arrived = numbers_by_host(events)
     outcomes = []
     for pair in pairs:
+        left = numbers_by_host(pair.files)
         accounts = [
-            account(host.name, host.end, host.last, arrived.get(host.name, ()))
+            account(
+                host.name,
+                host.end,
+                host.last,
+                arrived.get(host.name, ()),
+                left.get(host.name, ()),
+            )
             for host in pair.hosts
         ]
         repeated = sum(
             number - 1 for host in pair.hosts for number in arrived.get(host.name, {}).values()
         )
         outcomes.append(
-            Outcome(f"{pair.mode}, {name}", pair.steady, accounts, repeated * stores, pair.left)
+            Outcome(f"{pair.mode}, {name}", pair.steady, accounts, repeated * stores, pair.files)
         )
     return outcomes
 
@@ -327,8 +334,8 @@ def _line(outcome: Outcome) -> tuple[object, ...]:
 
 
 _EVENTS_HEADER = (
-    *("hosts", "processes", "stopped", "killed", "must arrive", "arrived", "missing", "reported"),
-    *("missing silently", "doubled", "times without disk", "files left"),
+    *("hosts", "processes", "stopped", "killed", "must arrive", "arrived", "buffered", "missing"),
+    *("reported", "missing silently", "doubled", "times without disk", "files left"),
 )
 
 
@@ -345,6 +352,7 @@ def _events_line(outcome: Outcome) -> tuple[object, ...]:
         ends["kill"],
         sum(each.expected for each in accounts),
         sum(each.arrived for each in accounts),
+        sum(each.buffered for each in accounts),
         sum(len(each.missing) for each in accounts),
         ", ".join(f"{reason} {number}" for reason, number in sorted(lost.items())) or 0,
         unexplained(accounts),
@@ -366,7 +374,7 @@ def _draw(path: Path, outcomes: Sequence[Outcome]) -> None:
             kept = [
                 (each["at"] / 60, each[key] / unit)
                 for each in outcome.steady.samples
-                if each[key] is not None and not each["ended"]
+                if each[key] is not None
             ]
             panel.plot(*zip(*kept, strict=True), label=outcome.title, linewidth=1)
         panel.set_title(title)

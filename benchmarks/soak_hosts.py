@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from tests.support.crash_harness import read_leftovers
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import worker_environment
 
@@ -94,7 +95,7 @@ class Disk:
 
     def fill(self) -> None:
         """Write until no byte is free."""
-        with (self._outside() / FILLER).open("ab", buffering=0) as file:
+        with (self.outside / FILLER).open("ab", buffering=0) as file:
             for size in (1 << 16, 1):
                 with suppress(_NoSpaceError):
                     while True:
@@ -102,14 +103,11 @@ class Disk:
 
     def free(self) -> None:
         """Delete what :meth:`fill` wrote."""
-        (self._outside() / FILLER).unlink(missing_ok=True)
+        (self.outside / FILLER).unlink(missing_ok=True)
 
-    def files(self) -> list[str]:
-        """Return the names of all files, without directories."""
-        root = self._outside()
-        return sorted(str(each.relative_to(root)) for each in root.rglob("*") if not each.is_dir())
-
-    def _outside(self) -> Path:
+    @property
+    def outside(self) -> Path:
+        """The path of the disk for a process that is not in its namespace."""
         return Path(f"/proc/{self._pid()}/root{self._home}")
 
     def _pid(self) -> int:
@@ -130,19 +128,19 @@ class Disk:
             stderr=subprocess.PIPE,
         )
         until(self._is_ready, "the small disk", timeout=_START_TIMEOUT)
-        (self._outside() / "ready").unlink()
+        (self.outside / "ready").unlink()
         return self
 
     def _is_ready(self) -> bool:
         holder = self._holder
         if holder is None or holder.poll() is not None:
             raise HarnessError("this user cannot mount a disk in a namespace: use --full-disk 0")
-        return (self._outside() / "ready").exists()
+        return (self.outside / "ready").exists()
 
     def __exit__(self, *_exc: object) -> None:
         if self._holder is not None:
             self._holder.kill()
-            self._holder.wait()
+            self._holder.communicate()
 
 
 class _NoSpaceError(Exception):
@@ -261,8 +259,9 @@ class Pair:
         self.site = site
         self.steady = Host(site, f"{site.mode}-0", rate, seconds)
         self.restarted: list[Host] = []
-        #: Files that the hosts have left in their home.
-        self.left: list[str] = []
+        #: Files and events that the hosts have left in their home.
+        self.files: list[str] = []
+        self.left: set[tuple[str, str]] = set()
         self._seconds = seconds
         if restarted:
             self._start_next()
@@ -287,8 +286,9 @@ class Pair:
         if self.restarted:
             self._end("stop")
         self.steady.wait(_SETTLE_TIMEOUT)
-        disk, home = self.site.disk, self.site.home
-        self.left = disk.files() if disk else sorted(map(str, home.rglob("*.sqlite")))
+        home = self.site.disk.outside if self.site.disk else self.site.home
+        self.files = sorted(each.name for each in home.rglob("*") if not each.is_dir())
+        self.left, _ = read_leftovers(home)
 
     def _end(self, how: str) -> None:
         host = self.restarted[-1]
@@ -319,6 +319,8 @@ class Account:
     #: The number of events that must arrive unless they are reported as lost.
     expected: int
     arrived: int = 0
+    #: The number of events that are still in a buffer file.
+    buffered: int = 0
     missing: list[int] = field(default_factory=list)
     #: The largest number of missing events that the guarantees allow.
     allowed: int = 0
@@ -338,18 +340,26 @@ def unexplained(accounts: Iterable[Account]) -> int:
     return max(0, missing - allowed)
 
 
-def account(name: str, end: str, last: Mapping[str, Any], arrived: Iterable[int]) -> Account:
-    """Compare the last sample of a process with the numbers of its events that have arrived.
+def account(
+    name: str,
+    end: str,
+    last: Mapping[str, Any],
+    arrived: Iterable[int],
+    buffered: Iterable[int] = (),
+) -> Account:
+    """Compare the last sample of a process with the numbers of its events that are somewhere.
 
     The ring of a killed process is lost, and so are the rows of any process that has no disk.
     """
-    found = set(arrived)
+    found, left = set(arrived), set(buffered)
     expected = last["stored"] if end == "kill" else last["produced"]
     allowed = sum(last["lost"].values())
     if not last["buffer_durable"]:
         allowed += last["buffered"]
-    missing = [number for number in range(expected) if number not in found]
-    return Account(name, end, expected, len(found), missing, allowed, dict(last["lost"]))
+    somewhere = found | left
+    missing = [number for number in range(expected) if number not in somewhere]
+    waiting, lost = len(left - found), dict(last["lost"])
+    return Account(name, end, expected, len(found), waiting, missing, allowed, lost)
 
 
 def numbers_by_host(events: Iterable[tuple[str, str]]) -> dict[str, Counter[int]]:

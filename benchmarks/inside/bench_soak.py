@@ -2,8 +2,7 @@
 
 ``python bench_soak.py MODE NAME RATE SECONDS RECONNECT``; ``NAME`` begins the ids of its tasks, and
 ``RECONNECT`` is the interval of reconnects in seconds. At the end of ``SECONDS`` the host waits
-until its home has no event of any process. SIGTERM stops it without that wait. The last line is
-printed after the stop of the agent.
+until its home has no event of any process. SIGTERM stops it without that wait.
 """
 
 import gc
@@ -78,7 +77,6 @@ def main(name, rate, seconds, reconnect):
         time.sleep(0.1)
     print_sample(runtime, time.monotonic() - began, count=True)
     runtime.stop()
-    print_sample(runtime, time.monotonic() - began, count=False, ended=True)
 
 
 def is_settled(runtime, number):
@@ -107,7 +105,7 @@ def event(name, number):
     )
 
 
-def print_sample(runtime, at, *, count, ended=False):
+def print_sample(runtime, at, *, count):
     stats = runtime.stats()
     counters = {
         name: stats[name]
@@ -118,7 +116,6 @@ def print_sample(runtime, at, *, count, ended=False):
     }
     sample = {
         "at": round(at, 3),
-        "ended": ended,
         "rss": int(Path("/proc/self/statm").read_text().split()[1]) * PAGE,
         "fds": entries("fd") - 1,  # without the descriptor of this listing
         "threads": entries("task"),
