@@ -18,15 +18,17 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.crash import MODES
 from benchmarks.databases import DATABASES, query, running_brain
+from benchmarks.existing import OUT
 from benchmarks.ingest import Feed
 from benchmarks.peers import progress
-from benchmarks.report import OUT, circumstances, save, table
+from benchmarks.report import circumstances, save, table
 from benchmarks.soak_hosts import (
     Account,
     Disk,
@@ -244,7 +246,7 @@ def _follow(
                 drop()
             continue
         progress(f"{moment:.0f} s: {what}")
-        _all(pairs, lambda pair, what=what: pair.happen(what))
+        _all(pairs, methodcaller("happen", what))
     time.sleep(max(0.0, began + args.minutes * 60 - time.monotonic()))
     _all(pairs, Pair.finish)
 

@@ -288,7 +288,8 @@ class Pair:
         self.steady.wait(_SETTLE_TIMEOUT)
         home = self.site.disk.outside if self.site.disk else self.site.home
         self.files = sorted(each.name for each in home.rglob("*") if not each.is_dir())
-        self.left, _ = read_leftovers(home)
+        left, _ = read_leftovers(home)
+        self.left = {(str(task_id), str(kind)) for task_id, kind in left}
 
     def _end(self, how: str) -> None:
         host = self.restarted[-1]

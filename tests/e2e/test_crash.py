@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.support import prefork_crash
 from tests.support.crash_harness import POINTS, CrashHarness, key, plan, verify
 from tests.support.peer import PROJECT, SECRET_TEXT, TOKEN, Peer
 from z4j_bare.buffer.report import read_report
@@ -136,6 +137,28 @@ def test_committed_events_of_killed_hosts_arrive_once(
             f"\n{mode}: {committed} events known to be committed, {arrived} arrived, "
             f"{sum(kill.reached for kill in kills)} hosts killed at their point"
         )
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_tasks_of_killed_prefork_processes_have_true_ends(
+    database, brain, agent_credentials, redis_url, tmp_path
+):
+    """A child or the parent is killed at each call of the channel: no task stays started, no
+    result is damaged, and no end is lost or reported twice.
+    """
+    agent = agent_credentials()
+    trials = prefork_crash.plan(sum(prefork_crash.POINTS.values()))
+    # One place of each call: between the writes, before, before, after and before it.
+    chosen = [trials[index] for index in (1, 3, 5, 8, 9)]
+    with prefork_crash.PreforkHarness(agent, tmp_path, redis_url) as harness:
+        kills = [harness.kill(trial) for trial in chosen]
+        harness.upload_rest()
+    rows = {row["task_id"]: row for row in brain.tasks(agent.project)}
+    deliveries = [prefork_crash.verify(brain, agent.project, kill, rows) for kill in kills]
+    assert [kill for kill in kills if kill.corrupt] == []
+    assert [delivery.faults for delivery in deliveries] == [[]] * len(chosen)
+    assert any(kill.reached for kill in kills if kill.parent)
+    assert any(kill.reached for kill in kills if not kill.parent)
 
 
 @pytest.mark.parametrize("mode", MODES)

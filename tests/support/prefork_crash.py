@@ -95,6 +95,7 @@ def plan(number, seed=0):
             # A child's first drop is part of its start.
             nth=rng.choice(CALLS.get(point, (1, 2, 3, 4))),
             statement=place,
+            timeout=60.0,
         )
         for index, (point, place) in zip(range(number), itertools.cycle(places), strict=False)
     ]
