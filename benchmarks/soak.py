@@ -263,7 +263,7 @@ def _outcomes(
     arrived = numbers_by_host(events)
     outcomes = []
     for pair in pairs:
-        left = numbers_by_host(pair.files)
+        left = numbers_by_host(pair.left)
         accounts = [
             account(
                 host.name,
