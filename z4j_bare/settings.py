@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
@@ -26,6 +28,9 @@ N = TypeVar("N", int, float)
 
 #: Length of the project's HMAC key, in bytes.
 KEY_BYTES = 32
+
+#: Matches a key in base64 whose alphabet has a slash, as a path has.
+_is_like_key = re.compile(r"[A-Za-z0-9+/]{43}=?").fullmatch
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off", ""})
@@ -63,25 +68,37 @@ def _number(name: str, text: str, kind: Callable[[str], N]) -> N:
 
 
 def _existing_file(name: str, text: str) -> Path:
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise HostConfigurationError(f"{name}={text!r}: {error} Use an absolute path") from None
-    if not path.is_file():
-        raise HostConfigurationError(f"{name}={text!r}: no such file")
+    path, problem = _find_file(text)
+    if problem:
+        raise HostConfigurationError(f"{name}={text!r}: {problem}")
     return path
 
 
 def _secret_file(name: str, text: str) -> Path:
     """Parse the path of a secret's file. The error does not quote a secret given by mistake."""
-    path = Path(text).expanduser()
-    if path.is_file():
+    path, problem = _find_file(text)
+    if not problem:
         return path
-    shown = repr(text) if os.sep in text else "a name without a directory (not shown)"
+    is_path = os.sep in text and not _is_like_key(text)
+    shown = repr(text) if is_path else "a name without a directory (not shown)"
     raise HostConfigurationError(
-        f"{name}={shown}: no such file; the setting takes the path of a file that contains the"
+        f"{name}={shown}: {problem}; the setting takes the path of a file that contains the"
         " secret, not the secret"
     )
+
+
+def _find_file(text: str) -> tuple[Path, str]:
+    """Return the path of a file, and the reason if the path does not lead to a file."""
+    path = Path(text)
+    try:
+        path = path.expanduser()
+        return path, "" if stat.S_ISREG(path.stat().st_mode) else "no such file"
+    except RuntimeError as error:
+        return path, f"{error} Use an absolute path"
+    except (FileNotFoundError, NotADirectoryError):
+        return path, "no such file"
+    except (OSError, ValueError) as error:  # their texts contain the path, which may be a secret
+        return path, getattr(error, "strerror", None) or "no such file"
 
 
 def _text(_name: str, text: str) -> str:

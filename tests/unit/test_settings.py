@@ -119,3 +119,23 @@ def test_unusable_secret_file_raises_error(tmp_path, content):
         read_secret(path, "Z4J_TOKEN_FILE")
     with pytest.raises(HostConfigurationError, match="FileNotFoundError"):
         read_secret(tmp_path / "gone", "Z4J_TOKEN_FILE")
+
+
+@pytest.mark.parametrize("variable", ["Z4J_TOKEN_FILE", "Z4J_HMAC_SECRET_FILE"])
+@pytest.mark.parametrize(
+    "secret", ["s" * 43, "s" * 300, "Sx/" + "s" * 39 + "/=", "s" * 21 + "\0" * 22]
+)
+def test_secret_in_place_of_file_is_not_shown(variable, secret):
+    """A secret that was set as the path of its file appears neither in the error nor in a cause."""
+    with pytest.raises(HostConfigurationError, match=variable) as caught:
+        load_settings({variable: secret})
+    assert "not the secret" in str(caught.value)
+    assert secret not in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_file_in_home_of_unknown_user_raises_error():
+    """A path that begins with the home of an unknown user is an error that names the variable."""
+    for variable in ("Z4J_TOKEN_FILE", "Z4J_CA_BUNDLE"):
+        with pytest.raises(HostConfigurationError, match=f"{variable}=.*Use an absolute path"):
+            load_settings({variable: "~nobody-with-this-name/file"})

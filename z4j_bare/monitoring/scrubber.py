@@ -117,7 +117,7 @@ def environment_secrets(environment: Mapping[str, str] | None = None) -> list[st
             secrets.append(value)
         secrets += (match["secret"] for form in _FORMS for match in form.finditer(value))
         if name in ("Z4J_TOKEN_FILE", "Z4J_HMAC_SECRET_FILE"):
-            with suppress(HostConfigurationError):
+            with suppress(HostConfigurationError, RuntimeError):  # RuntimeError: no home for ~
                 secrets.append(read_secret(Path(value).expanduser(), name))
     return secrets
 
