@@ -79,9 +79,10 @@ class PageShell:
         path.parent.mkdir(exist_ok=True)
         path.write_text(self._actual(text))
 
-    def run(self, command):
+    def run(self, command, attempts=1):
         """Run a command to its end, or start a service; return what it has printed.
 
+        :param attempts: how often the command may be run until it succeeds.
         :raises AssertionError: the command failed.
         """
         if command.startswith("export "):
@@ -90,7 +91,14 @@ class PageShell:
         for pattern, ready in SERVICES:
             if pattern.match(command):
                 return self._start(self._actual(command), ready)
-        done = subprocess.run(
+        for _attempt in range(attempts):
+            done = self._run(command)
+            if done.returncode == 0:
+                return done.stdout
+        raise AssertionError(f"{command}: exit code {done.returncode}\n{done.stdout}")
+
+    def _run(self, command):
+        return subprocess.run(
             ["bash", "-euo", "pipefail", "-c", self._actual(command)],
             cwd=self.folder,
             env=self._environment,
@@ -101,8 +109,6 @@ class PageShell:
             timeout=TIMEOUT,
             check=False,
         )
-        assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout}"
-        return done.stdout
 
     def wait_for(self, pattern):
         """Wait until the last service has printed the pattern."""
