@@ -195,7 +195,6 @@ def test_tox_commands_name_environments():
     ini.read(ROOT / "tox.ini")
     known = set(re.split(r"[\s,]+", ini["tox"]["env_list"] + "," + ini["tox"]["labels"]))
     known |= {section.removeprefix("testenv:") for section in ini}
-    known |= {section.removeprefix("testenv:") for section in ini.sections()}
     named = {
         (page.name, name)
         for page in PAGES
