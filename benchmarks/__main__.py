@@ -11,7 +11,17 @@ from z4j_bare.demo.process import HarnessError
 
 #: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is
 #: its help.
-NAMES = ("host", "hot", "ingest", "burst", "crash", "soak", "parity", "fleet")
+NAMES = (
+    "host",
+    "observers",
+    "hot",
+    "ingest",
+    "burst",
+    "crash",
+    "soak",
+    "parity",
+    "fleet",
+)
 
 
 def main() -> int:

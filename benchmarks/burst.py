@@ -6,7 +6,7 @@ import argparse
 import sys
 from statistics import median
 
-from benchmarks.existing import existing_python
+from benchmarks.environments import existing_python
 from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table

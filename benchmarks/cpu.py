@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+
+def reserve_processor() -> int | None:
+    """Reserve the last processor for the workers and return its number.
+
+    The brain, the broker and the benchmark itself use the others. Return ``None`` if there is only
+    one.
+    """
+    processors = sorted(os.sched_getaffinity(0))
+    if len(processors) < 2:
+        return None
+    # All other processes inherit this set. Each worker then pins itself to the reserved processor.
+    os.sched_setaffinity(0, processors[:-1])
+    return processors[-1]
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,7 @@ class Meter:
     """
 
     def __init__(self, pid: int) -> None:
+        self.pid = pid
         self._process = psutil.Process(pid)
 
     def read(self) -> Reading:

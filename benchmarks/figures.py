@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -67,15 +67,40 @@ class Ratio:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A difference with its 95 % interval, which is infinite with fewer than two rounds."""
+
+    mean: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} [{self.low:.1f}, {self.high:.1f}]"
+
+
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Return the geometric mean of ``ours[i] / theirs[i]``. No round is left out."""
     logs = [math.log(mine / base) for mine, base in zip(ours, theirs, strict=True)]
-    mean = fmean(logs)
-    if len(logs) < 2:
-        return Ratio(math.exp(mean), 0.0, math.inf, len(logs))
-    quantile = _T[len(logs) - 2] if len(logs) - 2 < len(_T) else 1.96
-    half = quantile * stdev(logs) / math.sqrt(len(logs))
+    mean, half = fmean(logs), _half_interval(logs)
+    # ``math.exp(inf)`` is infinite, and ``math.exp(-inf)`` is 0.
     return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs))
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Return the mean of ``ours[i] - theirs[i]``. No round is left out."""
+    found = [mine - base for mine, base in zip(ours, theirs, strict=True)]
+    mean, half = fmean(found), _half_interval(found)
+    return Difference(mean, mean - half, mean + half, len(found))
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Return half the length of the 95 % interval of the mean."""
+    if len(values) < 2:
+        return math.inf
+    quantile = _T[len(values) - 2] if len(values) - 2 < len(_T) else 1.96
+    return quantile * stdev(values) / math.sqrt(len(values))
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -126,6 +151,76 @@ def batch_cpu_ratio(rounds: Sequence[dict[str, Trial]], name: str, base: str) ->
         for pair in zip(each[name].batch_cpu, each[base].batch_cpu, strict=True)
     ]
     return paired_ratio(*zip(*pairs, strict=True)) if pairs else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The medians of a variant, and its ratios and differences paired by round.
+
+    ``to_base`` and ``to_ours`` are ratios of CPU to the base, usually the worker without an agent,
+    and to the worker with this agent. The differences are those to the base. ``arrived`` is
+    ``None`` if the variant does not send successful tasks.
+    """
+
+    cpu_ms: float
+    rss_mb: float
+    pss_mb: float
+    tasks: int
+    arrived: int | None
+    to_base: Ratio | None = None
+    to_ours: Ratio | None = None
+    added_rss_mb: Difference | None = None
+    added_pss_mb: Difference | None = None
+
+    def to_object(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return asdict(self)
+
+
+def compare(
+    rounds: Sequence[dict[str, Trial]], names: Sequence[str], base: str = "off"
+) -> dict[str, Comparison]:
+    """Return the figures of the variants ``names`` over all rounds."""
+
+    def values(name: str, figure: Callable[[Trial], float]) -> list[float]:
+        return [figure(each[name]) for each in rounds]
+
+    def cpu_ratio(name: str, other: str) -> Ratio | None:
+        if name == other or other not in names:
+            return None
+        return paired_ratio(values(name, cpu_per_task), values(other, cpu_per_task))
+
+    def added(name: str, figure: Callable[[Trial], float]) -> Difference | None:
+        if name == base or base not in names:
+            return None
+        return paired_difference(values(name, figure), values(base, figure))
+
+    def arrived(name: str) -> int | None:
+        counts = [each[name].rows for each in rounds]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    return {
+        name: Comparison(
+            cpu_ms=median(values(name, cpu_per_task)) * 1e3,
+            rss_mb=median(values(name, _rss_mb)),
+            pss_mb=median(values(name, _pss_mb)),
+            tasks=sum(each[name].tasks for each in rounds),
+            arrived=arrived(name),
+            to_base=cpu_ratio(name, base),
+            to_ours=cpu_ratio(name, "ours"),
+            added_rss_mb=added(name, _rss_mb),
+            added_pss_mb=added(name, _pss_mb),
+        )
+        for name in names
+    }
+
+
+def _rss_mb(trial: Trial) -> float:
+    return trial.rss / 1e6
+
+
+def _pss_mb(trial: Trial) -> float:
+    return trial.pss / 1e6
 
 
 def _variant(rounds: Sequence[dict[str, Trial]], name: str) -> dict[str, Any]:

@@ -9,22 +9,20 @@ worker without an agent uses meanwhile is subtracted. ``benchmarks/README.md`` d
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from benchmarks.existing import existing_python
-from benchmarks.figures import VARIANTS, batch_cpu_ratio, quantile, summary
-from benchmarks.peers import ARGUMENTS, Peers, progress
+from benchmarks.cpu import reserve_processor
+from benchmarks.environments import existing_python
+from benchmarks.figures import VARIANTS, batch_cpu_ratio, compare, quantile, summary
+from benchmarks.peers import ARGUMENTS, Peers, progress, rotated
 from benchmarks.report import circumstances, picture, save, table
-from benchmarks.trial import BenchWorker, Plan, Trial, run_in_step
+from benchmarks.trial import BenchWorker, Plan, Trial, open_together, run_in_step
 from z4j_bare.demo.process import HarnessError
 from z4j_bare.demo.worker import POOLS
-
-T = TypeVar("T")
 
 _IDLE_SECONDS = 5.0  # without tasks at the end of a round, to measure idle CPU
 
@@ -115,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         with Peers() as peers:
             for number in range(args.rounds):
                 for pool in args.pools:
-                    names = _rotated(args.variants, number)
+                    names = rotated(args.variants, number)
                     try:
                         rounds[pool].append(
                             _round(peers, plan, pool, number, names, pythons, args.batches)
@@ -128,12 +126,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    cores = sorted(os.sched_getaffinity(0))
-    core = None
-    if not args.no_pin and len(cores) > 1:
-        core = cores[-1]
-        # Brain, broker and harness inherit this set; each worker then pins itself to ``core``.
-        os.sched_setaffinity(0, cores[:-1])
     return Plan(
         tasks=args.tasks,
         arguments=args.arguments,
@@ -142,7 +134,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         row_timeout=args.row_timeout,
         loglevel=args.loglevel,
         attribute=args.attribute,
-        core=core,
+        core=None if args.no_pin else reserve_processor(),
         baseline=str(Path(args.baseline).resolve()) if args.baseline else "",
     )
 
@@ -163,21 +155,15 @@ def _round(
         for database, name in enumerate(names)
     ]
     with ExitStack() as stack:
-        for worker in workers:
-            stack.enter_context(worker.open())
+        open_together(stack, workers)
         for batch in range(batches):
             progress(f"round {number + 1}: {pool}, batch {batch + 1}")
             run_in_step(peers, plan, workers)
         time.sleep(_IDLE_SECONDS)
         for step in (BenchWorker.measure_idle, BenchWorker.start_ticker, BenchWorker.measure_lag):
-            for worker in _rotated(workers, number):
+            for worker in rotated(workers, number):
                 step(worker)
     return {worker.trial.variant: worker.trial for worker in workers}
-
-
-def _rotated(items: list[T], number: int) -> list[T]:
-    shift = number % len(items)
-    return items[shift:] + items[:shift]
 
 
 def _publish(
@@ -201,6 +187,8 @@ def _publish(
         print(table(_HEADER, lines))
     for pool, ratio in compared.items():
         print(f"{pool}: CPU of ours / baseline {ratio}, {ratio.rounds} batches")
+        added = compare(rounds[pool], ("baseline", "ours"), base="baseline")["ours"]
+        print(f"{pool}: MB of ours - baseline: RSS {added.added_rss_mb}, PSS {added.added_pss_mb}")
     for failure in failures:
         print(f"failed: {failure}")
     content = {

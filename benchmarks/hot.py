@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
-from benchmarks.existing import existing_python
+from benchmarks.environments import existing_python
 from benchmarks.figures import costs_of, quantile
 from benchmarks.peers import progress
 from benchmarks.prefork_costs import prefork_costs

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from benchmarks.cpu import Meter
-from benchmarks.existing import existing_python
+from benchmarks.environments import existing_python
 from benchmarks.ingest import Feed
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import z4j_bare
-from benchmarks.existing import existing_python
+from benchmarks.environments import existing_python
 from benchmarks.peers import Peers, progress
 from benchmarks.report import circumstances, save, table
 from z4j_bare.demo.process import HarnessError, until

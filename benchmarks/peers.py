@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from redis import Redis
 
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
     from z4j_bare.demo.rest import Credentials
 
+T = TypeVar("T")
+
 QUEUE = "bench"
 TASK = "bench.nap"
+FAILING_TASK = "bench.fails"
 ARGUMENTS = ("none", "five", "1k", "8k")
 
 _PREPARING = 15  # the last of the databases that Redis has by default
@@ -46,6 +50,7 @@ class Peers:
         self.home = Path(tempfile.mkdtemp(prefix="z4j-bench-"))
         self._stack = ExitStack()
         self._projects = 0
+        self._preparing = Lock()
         self._random = random.Random(1)  # noqa: S311 - the same arguments in every run
         self.brain = Brain(self.home / "brain")
 
@@ -77,15 +82,15 @@ class Peers:
         self.brain.create_project(project)
         return self.brain.mint_agent(project, title[:40])
 
-    def prepare(self, count: int, arguments: str) -> list[bytes]:
+    def prepare(self, count: int, arguments: str, task: str = TASK) -> list[bytes]:
         """Return the broker messages of new tasks that no worker has received."""
-        with self._producer.producer_or_acquire() as producer:
+        with self._preparing, self._producer.producer_or_acquire() as producer:
             for number in range(count):
                 self._producer.send_task(
-                    TASK, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer
+                    task, kwargs=self._arguments(arguments, number), queue=QUEUE, producer=producer
                 )
-        messages: list[bytes] = self._redis_preparing.lrange(QUEUE, 0, -1)
-        self._redis_preparing.delete(QUEUE)
+            messages: list[bytes] = self._redis_preparing.lrange(QUEUE, 0, -1)
+            self._redis_preparing.delete(QUEUE)
         return messages
 
     def release(self, database: int, messages: list[bytes]) -> None:
@@ -151,9 +156,15 @@ def wait_count(
         time.sleep(0.5)
 
 
+def rotated(items: list[T], number: int) -> list[T]:
+    """Return ``items`` in an order that differs from round to round."""
+    shift = number % len(items)
+    return items[shift:] + items[:shift]
+
+
 def progress(text: str) -> None:
     """Print a progress line to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
-__all__ = ["ARGUMENTS", "Peers", "progress", "until", "wait_count"]
+__all__ = ["ARGUMENTS", "Peers", "progress", "rotated", "until", "wait_count"]

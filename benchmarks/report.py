@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.existing import OUT
+from benchmarks.environments import OUT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,16 +29,36 @@ _PACKAGES = (
     "redis",
     "websocket-client",
 )
-_COLORS = {"off": "#9aa0a6", "ours": "#1a73e8", "baseline": "#f9ab00", "existing": "#d93025"}
+_COLORS = {
+    "off": "#9aa0a6",
+    "ours": "#1a73e8",
+    "scraped": "#669df6",
+    "baseline": "#f9ab00",
+    "existing": "#d93025",
+    "opentelemetry": "#f9ab00",
+    "ddtrace": "#632ca6",
+    "sentry-errors": "#c58af9",
+    "sentry-traces": "#7c4a8d",
+    "events": "#34a853",
+}
 _LABELS = {
     "off": "no agent",
     "ours": "this agent",
+    "scraped": "this agent, metrics scraped",
     "baseline": "other checkout",
     "existing": "existing agent",
+    "opentelemetry": "OpenTelemetry",
+    "ddtrace": "ddtrace",
+    "sentry-errors": "sentry-sdk, errors",
+    "sentry-traces": "sentry-sdk, traces",
+    "events": "Celery's -E",
 }
-_CPU_BARS = ("cpu_ms", "worker CPU per task (ms)")
-_LAG_BARS = ("lag_p99_ms", "hub lag p99 (ms)")
-_RSS_BARS = ("rss_mb", "RSS (MB)")
+#: The measured values of the picture of ``host``, and their titles.
+_HOST_PANELS = (
+    ("cpu_ms", "worker CPU per task (ms)"),
+    ("lag_p99_ms", "hub lag p99 (ms)"),
+    ("rss_mb", "RSS (MB)"),
+)
 
 
 def circumstances() -> dict[str, Any]:
@@ -79,20 +99,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def picture(path: Path, title: str, pools: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Draw CPU, hub lag and memory of each variant in each pool as bars.
+def picture(
+    path: Path,
+    title: str,
+    pools: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    panels: Sequence[tuple[str, str]] = _HOST_PANELS,
+) -> None:
+    """Draw bars of each variant in each pool; PNG or SVG by the suffix of ``path``.
 
-    PNG or SVG by the suffix.
+    :param panels: the name of each measured value in ``pools``, and its title.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4))
-    for panel, (key, label) in zip(panels, (_CPU_BARS, _LAG_BARS, _RSS_BARS), strict=True):
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4))
+    for panel, (key, label) in zip(axes, panels, strict=True):
         _bars(panel, key, label, pools)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="lower center", ncols=len(labels))
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.07, 1, 1))

@@ -8,7 +8,7 @@ import sys
 import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Barrier
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import z4j_bare
 from benchmarks.cpu import Meter, Reading
-from benchmarks.peers import wait_count
+from benchmarks.observer import INSIDE, Agent, Observer
+from benchmarks.peers import FAILING_TASK, TASK, wait_count
 from z4j_bare.demo.process import HarnessError, until
 from z4j_bare.demo.worker import Worker
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from benchmarks.peers import Peers
-    from z4j_bare.demo.rest import BrainApi, Credentials
-
-INSIDE = Path(__file__).with_name("inside")
 
 _READY_SECONDS = 60.0
 _WARM_TASKS = 300
@@ -42,7 +40,8 @@ class Plan:
 
     ``tasks`` is the number of tasks of one batch. ``core`` is the processor of all workers: on a
     shared one the brain would evict their caches, and an agent that keeps the brain busy would pay
-    for it. ``baseline`` is the directory of the other checkout.
+    for it. ``baseline`` is the directory of the other checkout. ``failures`` is the number of tasks
+    that raise an exception before the first batch, and that must arrive at the observer's end.
     """
 
     tasks: int = 2000
@@ -55,6 +54,7 @@ class Plan:
     probes: int = _PROBES
     core: int | None = None
     baseline: str = ""
+    failures: int = 0
 
 
 @dataclass
@@ -94,10 +94,21 @@ class BenchWorker:
     """A warm worker that waits for its batches.
 
     :param database: the Redis database of its broker; workers of one round have different ones.
+    :param observer: what observes it; by default the agent, or nothing if ``variant`` is "off".
     """
 
+    #: The module of the Celery application.
+    APP = "bench_app"
+
     def __init__(
-        self, peers: Peers, plan: Plan, variant: str, pool: str, python: str, database: int = 0
+        self,
+        peers: Peers,
+        plan: Plan,
+        variant: str,
+        pool: str,
+        python: str,
+        database: int = 0,
+        observer: Observer | None = None,
     ) -> None:
         self._peers, self._plan, self._variant, self._pool, self._python = (
             peers,
@@ -110,8 +121,9 @@ class BenchWorker:
         title = f"{pool}-{variant}"
         self._home = peers.home / f"{title}-{time.monotonic_ns()}"
         self._home.mkdir()
-        self._agent: Credentials | None = None if variant == "off" else peers.new_agent(title)
-        self._brain: BrainApi = peers.brain
+        if observer is None:
+            observer = Observer() if variant == "off" else Agent(peers, title)
+        self._observer = observer
         self.trial = Trial(variant, pool)
         self._span = (0.0, 0.0)
         self._agentless: BenchWorker | None = None
@@ -126,26 +138,18 @@ class BenchWorker:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Start the worker and warm it up; ``trial`` is complete when the block has ended.
-
-        Raises ``HarnessError`` with the end of the worker's log.
-        """
-        try:
-            with self._worker() as worker:
+        """Start the worker and warm it up; ``trial`` is complete when the block has ended."""
+        with self._observer.open(self._home), self._worker() as worker:
+            with self._explained():
                 worker.spawn((self._home / "ready").exists, _READY_SECONDS)
                 self.meter = Meter(worker.pid)
                 self._warm_up()
                 self._opened = self.meter.read()
-                # Each worker has a thread that polls its rows.
-                with closing(self._peers.brain.clone()) as self._brain:
-                    yield
-                worker.stop()
-            self.trial.hub_lags = self._hub_lags()
-            self.trial.attribution = self._attribution()
-        except HarnessError as error:
-            log = self._home / "worker.log"
-            tail = log.read_text(errors="replace")[-600:] if log.exists() else ""
-            raise HarnessError(f"{error}\n{tail}") from None
+            yield
+            worker.stop()
+        # While the tasks ran and their rows were sent.
+        self.trial.hub_lags = self.lags_between(*self._span)
+        self.trial.attribution = self._attribution()
 
     def batch(self, messages: list[bytes], gate: Barrier) -> None:
         """Release the tasks when all workers are at the gate.
@@ -153,8 +157,9 @@ class BenchWorker:
         Return when the brain has their rows.
         """
         trial, rows = self.trial, self._rows()
-        began, last, ended = self._tasks(messages, gate)
-        if self._agent:
+        with self._explained():
+            began, last, ended = self._tasks(messages, gate)
+        if self._observer.counts_tasks:
             trial.rows = (trial.rows or 0) + self._rows() - rows
         trial.batches += 1
         trial.tasks += len(messages)
@@ -162,6 +167,16 @@ class BenchWorker:
         trial.end_seconds += ended.at - began.at
         trial.cpu += ended.cpu - began.cpu
         trial.batch_cpu.append(ended.cpu - began.cpu)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Add the end of the worker's log to a ``HarnessError``."""
+        try:
+            yield
+        except HarnessError as error:
+            log = self._home / "worker.log"
+            tail = log.read_text(errors="replace")[-600:] if log.exists() else ""
+            raise HarnessError(f"{self._pool}, {self._variant}: {error}\n{tail}") from None
 
     def compare_with(self, agentless: BenchWorker | None) -> None:
         """Also read the CPU clock of the worker without an agent at the end of each batch."""
@@ -205,30 +220,38 @@ class BenchWorker:
         trial.rss = now.rss
         trial.pss = self.meter.pss()
         trial.load = os.getloadavg()[0]
-        if self._agent:
+        if self._plan.probes and self._observer.counts_tasks:
             trial.row_delays = [self._probe() for _ in range(self._plan.probes)]
+
+    def check_delivery(self) -> None:
+        """Raise ``HarnessError`` if a task of this worker has not arrived at the other end."""
+        with self._explained():
+            self._observer.check(_WARM_TASKS + self.trial.tasks)
 
     def _worker(self) -> Worker:
         environment = {
             "BENCH_HOME": str(self._home),
             "BENCH_BROKER": self._peers.broker(self._database),
             "BENCH_VARIANT": self._variant,
+            "BENCH_POOL": self._pool,
             "BENCH_ATTRIBUTE": str(int(self._plan.attribute)),
             "BENCH_CORE": "" if self._plan.core is None else str(self._plan.core),
             "PYTHONPATH": self._search_path(),
             "PYTHONWARNINGS": "ignore",
-            **(self._agent.env(self._home / "agent") if self._agent else {}),
+            **self._observer.environment(self._home),
         }
-        return Worker(
-            "bench_app",
+        worker = Worker(
+            self.APP,
             pool=self._pool,
             log=self._home / "worker.log",
             environment=environment,
             concurrency=self._plan.children if self._pool == "prefork" else self._plan.concurrency,
             name=f"{self._variant}@bench",
-            options=["--loglevel", self._plan.loglevel],
+            options=["--loglevel", self._plan.loglevel, *self._observer.options],
             python=self._python,
         )
+        worker.command[:0] = self._observer.launcher
+        return worker
 
     def _search_path(self) -> str:
         folders = [str(INSIDE)]
@@ -243,11 +266,22 @@ class BenchWorker:
         self._release(_WARM_TASKS)
         until(lambda: len(self._ends()) >= _WARM_TASKS, "the warm-up tasks", timeout=60.0)
         self._await_rows(_WARM_TASKS)
+        if failures := self._plan.failures:
+            self._release(failures, FAILING_TASK)
+            done = f"the failed tasks of a {self._pool} worker ({self._variant})"
+            until(lambda: len(self._ends()) >= _WARM_TASKS + failures, done, timeout=60.0)
+            if self._observer.counts_failures:
+                until(
+                    lambda: self._observer.failed() >= failures,
+                    f"the arrival of {done}",
+                    timeout=self._plan.row_timeout,
+                    interval=0.5,
+                )
         time.sleep(2.0)
 
     def _await_rows(self, expected: int) -> Reading:
         """Wait until the brain has ``expected`` rows, or no new one for ``_STALLED`` seconds."""
-        if self._agent:
+        if self._observer.counts_tasks:
             wait_count(
                 self._rows,
                 expected,
@@ -264,14 +298,12 @@ class BenchWorker:
         if self._agentless is not None:
             self._idle_host_cpu = self._agentless.meter.read().cpu
 
-    def _release(self, count: int) -> None:
-        self._peers.release(self._database, self._peers.prepare(count, self._plan.arguments))
+    def _release(self, count: int, task: str = TASK) -> None:
+        self._peers.release(self._database, self._peers.prepare(count, self._plan.arguments, task))
 
     def _rows(self) -> int:
-        """Return how many tasks the brain shows as succeeded; 0 without an agent."""
-        if not self._agent:
-            return 0
-        return succeeded(self._brain.stats(self._agent.project))
+        """Return how many successful tasks have arrived at the other end; 0 without an agent."""
+        return self._observer.succeeded()
 
     def _probe(self) -> float:
         """Return the seconds from one task's end to its row on an idle worker.
@@ -295,12 +327,11 @@ class BenchWorker:
             moments.extend(moment for moment in found if moment)
         return sorted(moments)
 
-    def _hub_lags(self) -> list[float]:
-        """Return the ticker's lags while the tasks ran and their rows were sent, sorted."""
+    def lags_between(self, began: float, ended: float) -> list[float]:
+        """Return the ticker's lags in a span of monotonic time, sorted."""
         values = array("d")
         for samples in self._home.glob("ticks.*"):
             values.frombytes(samples.read_bytes())
-        began, ended = self._span
         return sorted(
             lag for at, lag in zip(values[::2], values[1::2], strict=True) if began <= at <= ended
         )
@@ -310,6 +341,13 @@ class BenchWorker:
             found: dict[str, list[float]] = json.loads(path.read_text())
             return found
         return {}
+
+
+def open_together(stack: ExitStack, workers: Sequence[BenchWorker]) -> None:
+    """Start and warm up all workers at the same time; the exit of ``stack`` stops them."""
+    with ThreadPoolExecutor(len(workers)) as starters:
+        for starter in [starters.submit(stack.enter_context, worker.open()) for worker in workers]:
+            starter.result()
 
 
 def run_in_step(peers: Peers, plan: Plan, workers: Sequence[BenchWorker]) -> None:
@@ -327,9 +365,3 @@ def run_in_step(peers: Peers, plan: Plan, workers: Sequence[BenchWorker]) -> Non
             poller.result()
     for worker in workers:
         worker.add_idle_host_cpu()
-
-
-def succeeded(stats: dict[str, Any]) -> int:
-    """Return the number of succeeded tasks in the brain's ``stats``."""
-    states = stats.get("tasks_by_state") or {}
-    return int(states.get("success", 0))

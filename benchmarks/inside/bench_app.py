@@ -1,7 +1,7 @@
 """The worker's Celery application, the same for every variant.
 
 It also runs in other virtual environments, so it imports only the standard library and Celery, and
-the agent if the variant has one.
+what the variant observes it with.
 """
 
 import os
@@ -11,6 +11,8 @@ import bench_meter
 from celery import Celery, signals
 
 VARIANT = os.environ["BENCH_VARIANT"]
+#: ``agent``, a library of ``bench_libraries``, or empty.
+SET_UP = os.environ["BENCH_SET_UP"]
 
 if os.environ.get("BENCH_CORE"):
     os.sched_setaffinity(0, {int(os.environ["BENCH_CORE"])})
@@ -31,6 +33,13 @@ def nap(**_arguments: object) -> None:
     bench_meter.ended()
 
 
+@app.task(name="bench.fails", ignore_result=True)
+def fails(**_arguments: object) -> None:
+    """Raise an exception."""
+    bench_meter.ended()
+    raise ValueError("a failure of the benchmark")
+
+
 signals.worker_ready.connect(bench_meter.start_ticker, weak=False)
 signals.worker_ready.connect(bench_meter.ready, weak=False)
 
@@ -41,9 +50,13 @@ if os.environ.get("BENCH_ATTRIBUTE") == "1":
     if VARIANT == "ours":
         bench_attribution.install_parts()
 
-if VARIANT != "off":
+if SET_UP == "agent":
     from z4j_celery import CeleryEngineAdapter
 
     from z4j_bare import install_agent
 
     install_agent(engines=[CeleryEngineAdapter(celery_app=app)])
+elif SET_UP:
+    import bench_libraries
+
+    bench_libraries.set_up(SET_UP)

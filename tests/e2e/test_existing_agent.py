@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import z4j_bare
-from benchmarks.existing import existing_python
+from benchmarks.environments import existing_python
 from tests.support.e2e_project import APPS
 from z4j_bare.demo.brain import free_port
 from z4j_bare.demo.process import until
