@@ -14,6 +14,7 @@ from z4j_bare.demo.process import HarnessError
 NAMES = (
     "host",
     "observers",
+    "inspection",
     "hot",
     "ingest",
     "burst",
