@@ -17,6 +17,7 @@ from z4j_bare.demo.worker import worker_environment
 
 if TYPE_CHECKING:
     from benchmarks.peers import Peers
+    from z4j_bare.demo.rest import BrainApi
 
 INSIDE = Path(__file__).with_name("inside")
 
@@ -78,7 +79,8 @@ class Agent(Observer):
 
     def __init__(self, peers: Peers, title: str) -> None:
         self._credentials = peers.new_agent(title)
-        self._shared = self._brain = peers.brain
+        self._shared: BrainApi = peers.brain
+        self._brain = self._shared
 
     @contextmanager
     def open(self, home: Path) -> Iterator[None]:

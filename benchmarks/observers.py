@@ -40,6 +40,9 @@ VARIANTS = (
 #: Seconds without tasks at the end of a round, before the memory is measured.
 _IDLE_SECONDS = 5.0
 
+#: Maximum seconds until a batch has arrived at the other ends. The brain is the slowest.
+_ARRIVAL_TIMEOUT = 240.0
+
 #: Number of tasks that raise an exception before the first batch.
 _FAILURES = 10
 
@@ -106,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         children=args.children,
         core=None if args.no_pin else reserve_processor(),
         probes=0,
+        row_timeout=_ARRIVAL_TIMEOUT,
         failures=_FAILURES,
     )
     rounds: dict[str, list[dict[str, Trial]]] = {pool: [] for pool in args.pools}
