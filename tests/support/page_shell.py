@@ -56,9 +56,7 @@ class PageShell:
         self.services = []
         self._replaced = replaced
         self._stack = ExitStack()
-        path = os.pathsep.join(
-            (str(programs), os.path.dirname(sys.executable), os.environ["PATH"])
-        )
+        path = os.pathsep.join((str(programs), os.path.dirname(sys.executable), os.environ["PATH"]))
         self._environment = {
             **clean_environment(),
             **variables,

@@ -1,6 +1,8 @@
-"""The calculations of ``benchmarks fleet``, without a brain and without processes."""
+"""The calculations of ``benchmarks``, without a brain and without processes."""
 
 import argparse
+import json
+import math
 import sqlite3
 from contextlib import closing
 from types import SimpleNamespace
@@ -8,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import fleet
+from benchmarks.figures import compare, paired_difference
+from benchmarks.inside.bench_sink import Counts, Sentry
+from benchmarks.trial import Trial
 from z4j_bare.demo.process import HarnessError
 
 
@@ -190,3 +195,59 @@ def test_options_of_documentation_are_accepted():
     """The commands of the README are valid."""
     fleet.check_options(options("--agents", "10", "--backlog", "500", "--tokens", "1"))
     fleet.check_options(options("--agents", "50", "--rate", "1", "--tokens", "10", "--restart"))
+
+
+def trial(name, cpu, rss, rows=10):
+    """Return a trial of ten tasks."""
+    return Trial(name, "gevent", tasks=10, cpu=cpu, rss=rss, pss=rss, rows=rows)
+
+
+def test_comparison_is_paired_by_round():
+    """Ratios and differences compare the workers of one round, whatever the machine's speed."""
+    rounds = [
+        {"off": trial("off", 1.0, 50e6, None), "ours": trial("ours", 1.1, 60e6)},
+        {"off": trial("off", 3.0, 51e6, None), "ours": trial("ours", 3.3, 61e6, 9)},
+    ]
+    found = compare(rounds, ("off", "ours"))
+    ours = found["ours"]
+    assert (ours.tasks, ours.arrived) == (20, 19)
+    for ratio in (ours.to_base.mean, ours.to_base.low, ours.to_base.high):
+        assert ratio == pytest.approx(1.1)
+    assert str(ours.added_rss_mb) == "+10.0 [10.0, 10.0]"
+    assert ours.to_ours is None
+    assert found["off"].to_base is None
+    assert found["off"].arrived is None
+    assert found["off"].to_ours.mean == pytest.approx(1 / 1.1)
+
+
+def test_difference_of_one_round_has_no_interval():
+    """The interval of a single round is infinite."""
+    assert paired_difference([3.0], [1.0]).low == -math.inf
+    assert paired_difference([3.0], [1.0]).high == math.inf
+
+
+def envelope(*items):
+    """Return a Sentry envelope with items of (type, payload)."""
+    lines = [b'{"event_id": "e"}']
+    for kind, payload in items:
+        text = json.dumps(payload).encode()
+        lines += [json.dumps({"type": kind, "length": len(text)}).encode(), text]
+    return b"\n".join(lines) + b"\n"
+
+
+def test_sink_counts_each_run_of_sentry_once():
+    """A failed run counts by its event, a successful one by its transaction, other tasks not."""
+    counts = Counts()
+    answer, _ = Sentry(counts).receive(
+        "/api/1/envelope/",
+        envelope(
+            ("event", {"transaction": "bench.fails"}),
+            ("transaction", {"transaction": "bench.fails"}),
+            ("transaction", {"transaction": "bench.nap"}),
+            ("transaction", {"transaction": "celery.ping"}),
+            ("client_report", {}),
+            ("event", {}),
+        ),
+    )
+    assert json.loads(answer) == {"id": "e"}
+    assert json.loads(counts.to_json()) == {"succeeded": 1, "failed": 1}
