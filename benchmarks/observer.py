@@ -79,8 +79,8 @@ class Agent(Observer):
 
     def __init__(self, peers: Peers, title: str) -> None:
         self._credentials = peers.new_agent(title)
-        self._shared: BrainApi = peers.brain
-        self._brain = self._shared
+        self._shared = peers.brain
+        self._brain: BrainApi = peers.brain
 
     @contextmanager
     def open(self, home: Path) -> Iterator[None]:
