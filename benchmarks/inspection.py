@@ -32,8 +32,14 @@ POOLS = ("gevent", "eventlet", "threads")
 #: Seconds until all tasks run, and until the recorder has written its result.
 _TIMEOUT = 60.0
 
+#: Maximum seconds until the brain has the rows of the tasks that warm the worker up.
+_ROW_TIMEOUT = 20.0
+
 #: Seconds without requests, to compare the lag with.
 _QUIET_SECONDS = 5.0
+
+#: Number of tasks that wait in a worker that is profiled.
+_PROFILED_TASKS = 100
 
 #: Seconds between two groups of tasks while a profile runs.
 _GROUP_INTERVAL = 0.5
@@ -218,7 +224,7 @@ def _ask(
     peers: Peers, pool: str, running: int, core: int | None, args: argparse.Namespace
 ) -> Asked:
     peers.purge()
-    plan = Plan(concurrency=running + 10, core=core, probes=0)
+    plan = Plan(concurrency=running + 10, core=core, probes=0, row_timeout=_ROW_TIMEOUT)
     worker = WaitingWorker(peers, plan, "ours", pool, sys.executable)
     with worker.waiting(running):
         worker.start_ticker()
@@ -258,14 +264,14 @@ def _check(answer: dict[str, Any], running: int) -> None:
 
 def _profile(peers: Peers, pool: str, core: int | None, args: argparse.Namespace) -> Profiled:
     peers.purge()
-    plan = Plan(concurrency=args.running[0] + 100, core=core, probes=0)
+    plan = Plan(concurrency=_PROFILED_TASKS + 100, core=core, probes=0, row_timeout=_ROW_TIMEOUT)
     workers = [
         WaitingWorker(peers, plan, "ours", pool, sys.executable, database) for database in range(2)
     ]
     found = Profiled(pool, [], [])
     with ExitStack() as stack:
         for worker in workers:
-            stack.enter_context(worker.waiting(args.running[0]))
+            stack.enter_context(worker.waiting(_PROFILED_TASKS))
         for window in range(args.windows):
             progress(f"{pool}: profile {window + 1}")
             mine, other = workers[window % 2], workers[1 - window % 2]
