@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.crash import MODES
 from benchmarks.databases import DATABASES, query, running_brain
-from benchmarks.existing import OUT
+from benchmarks.environments import OUT
 from benchmarks.ingest import Feed
 from benchmarks.peers import progress
 from benchmarks.report import circumstances, save, table
