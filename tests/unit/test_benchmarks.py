@@ -1,6 +1,7 @@
 """The calculations of ``benchmarks``, without a brain and without processes."""
 
 import argparse
+import importlib
 import json
 import math
 import sqlite3
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import fleet
+from benchmarks import __main__, fleet
 from benchmarks.figures import compare, paired_difference
 from benchmarks.inside.bench_sink import Counts, Sentry
 from benchmarks.trial import Trial
@@ -251,3 +252,12 @@ def test_sink_counts_each_run_of_sentry_once():
     )
     assert json.loads(answer) == {"id": "e"}
     assert json.loads(counts.to_json()) == {"succeeded": 1, "failed": 1}
+
+
+@pytest.mark.parametrize("name", __main__.NAMES)
+def test_every_benchmark_has_options_and_a_title(name):
+    """Each module imports what it needs, and has what the command line calls."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    module.add_arguments(argparse.ArgumentParser())
+    assert callable(module.run)
+    assert module.__doc__
