@@ -63,9 +63,11 @@ def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
 def choose(setting: str, detection: Detection) -> str:
     """Return the name of the backend for a ``Z4J_CONCURRENCY`` setting.
 
-    Raises ``HostConfigurationError`` if the setting is unknown or does not fit the patches.
+    Raises ``HostConfigurationError`` if the setting is unknown or does not fit the patches, or if
+    the interpreter runs without the GIL.
     """
     _check_known(setting)
+    _check_gil()
     if setting != "auto":
         name = setting
     elif detection.outcome == "partial":
@@ -80,6 +82,17 @@ def _check_known(setting: str) -> None:
     if setting not in CHOICES:
         raise HostConfigurationError(
             f"Z4J_CONCURRENCY={setting!r} is not one of {', '.join(CHOICES)}"
+        )
+
+
+def _check_gil() -> None:
+    # CPython 3.13 and later have the function; earlier versions always have the GIL.
+    is_gil_enabled = getattr(sys, "_is_gil_enabled", None)
+    if is_gil_enabled is not None and not is_gil_enabled():
+        raise HostConfigurationError(
+            "this free-threaded Python runs without the GIL: the agent is not safe there, and"
+            " gevent does not support it. Set PYTHON_GIL=1 for this process, or use a regular"
+            " build of Python"
         )
 
 

@@ -205,3 +205,12 @@ def test_threads_backend_works_on_patched_sockets(mode, patch):
         check=False,
     )
     assert (done.returncode, done.stdout.split()) == (0, ["1", "threads", "{}"]), done.stderr
+
+
+def test_choose_refuses_an_interpreter_without_gil(monkeypatch):
+    """On a free-threaded build without the GIL the error says so and names PYTHON_GIL."""
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(HostConfigurationError, match=r"without the GIL.*PYTHON_GIL=1"):
+        choose("auto", Detection())
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True)
+    assert choose("auto", Detection()) == "threads"
