@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import deque
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,16 @@ logger = logging.getLogger("z4j.runtime.runtime")
 
 #: Maximum number of events in ``AgentRuntime.recorded``. The oldest events are dropped.
 MAX_RECORDED_EVENTS = 1_000
+
+
+@cache
+def _recommend_gevent() -> None:
+    """Log that eventlet is at its end of life; the cache limits the line to one per process."""
+    logger.info(
+        "z4j: eventlet is at its end of life and gets no new features: this agent supports it only"
+        " while it works with this Python; plan the change to gevent, see"
+        " docs/migration.md#from-eventlet"
+    )
 
 
 class RuntimeState(StrEnum):
@@ -115,6 +126,8 @@ class AgentRuntime:
         logger.info(
             "z4j: agent started for project %s on %s", self.config.project_id, agent.backend.name
         )
+        if agent.backend.name == "eventlet":
+            _recommend_gevent()
 
     def stop(self, timeout: float = 5.0) -> None:
         """Stop within ``timeout`` seconds, even if the brain does not respond. Idempotent.

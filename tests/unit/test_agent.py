@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.agents import installed_agents
 from tests.support.engines import FakeEngine
 from tests.support.peer import AGENT, CLOSE, PING, PROJECT, SECRET_TEXT, TEXT, TOKEN, Peer
 from z4j_bare import RuntimeState
+from z4j_bare import runtime as runtime_module
 from z4j_bare.pipeline import receive, send
 from z4j_bare.transport import websocket
 from z4j_bare.wire import backoff, close_codes
@@ -395,6 +397,18 @@ def test_start_waits_briefly_for_adapters(install, engine, backend):
     engine.connect_signals = connect_signals
     install()
     assert (connected, engine.release.is_set()) == ([1], False)
+
+
+def test_eventlet_agent_recommends_gevent_once(install, mode, caplog):
+    """An agent under eventlet logs the way to gevent once per process, another agent never."""
+    caplog.set_level(logging.INFO, "z4j")
+    runtime_module._recommend_gevent.cache_clear()
+    for _ in range(2):
+        install().stop()
+    lines = [line for line in caplog.messages if "docs/migration.md#from-eventlet" in line]
+    assert len(lines) == (1 if mode == "eventlet" else 0)
+    page = Path(__file__).parents[2] / "docs/migration.md"
+    assert "\n## From eventlet\n" in page.read_text()
 
 
 def test_start_without_brain(install, backend, until, engine):
