@@ -144,6 +144,25 @@ def test_call_inside_running_user_loop(bridge):
     assert asyncio.run(user()) == (True, True, False)
 
 
+def test_coroutine_that_waits_cooperatively_keeps_its_task(bridge, backend):
+    """A host's coroutine waits without ``await`` while the loop works; both keep their tasks."""
+    steps, wrong = [], []
+
+    async def check(wait):
+        mine = asyncio.current_task(), asyncio.get_running_loop()
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+            wait()
+            if (asyncio.current_task(), asyncio.get_running_loop()) != mine:
+                wrong.append(mine)
+        steps.append(mine[0])
+
+    adapter = backend.spawn(lambda: bridge.call(check, int, timeout=20), name="adapter")
+    asyncio.run(check(lambda: backend.sleep(0.002)))
+    assert adapter.join(20)
+    assert (len(set(steps)), wrong) == (2, [])
+
+
 def test_executor_call_sees_no_running_loop(bridge):
     """The given executor is ignored; the function runs on a worker, and errors are raised."""
     assert bridge.call(in_executor, asyncio._get_running_loop, timeout=5) is None
