@@ -318,8 +318,10 @@ def _query(
 ) -> dict[str, Any]:
     try:
         answer = client.request(verb, timeout, parameters)
+    except PermissionError:
+        answer = {"error": "this user may not use the agent's socket: run the command as its user"}
     except OSError as error:
-        answer = {"error": str(error) or type(error).__name__}
+        answer = {"error": error.strerror or str(error) or type(error).__name__}
     return {"adapter": client.adapter, "pid": client.pid, **answer}
 
 

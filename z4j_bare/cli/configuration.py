@@ -13,6 +13,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from z4j_core.models import Config
 from z4j_core.paths import reject_deprecated_path_env
 
 from z4j_bare.errors import HostConfigurationError
-from z4j_bare.home import ensure_home, settle_home
+from z4j_bare.home import settle_home
 from z4j_bare.settings import Settings, load_settings
 
 #: Settings that only the command line reads.
@@ -150,11 +151,13 @@ def home() -> Path:
 def open_home(arguments: argparse.Namespace) -> None:
     """Apply the settings and check that the state directory is accessible.
 
+    A missing directory is not created, because a misspelt ``Z4J_HOME`` must not leave one behind.
+
     Raises ``HostConfigurationError`` if a setting is invalid or the directory is inaccessible.
     """
     apply(arguments)
     try:
-        with os.scandir(ensure_home(create=False)):
+        with suppress(FileNotFoundError), os.scandir(settle_home(create=False)):
             pass
     except OSError as error:
         raise HostConfigurationError(

@@ -21,6 +21,7 @@ def set_answers(monkeypatch):
     """``set_answers(*answers)``: what all agents answer from now on."""
 
     def script(*answers):
+        metrics.configuration.home().mkdir(mode=0o700, exist_ok=True)
         monkeypatch.setattr(
             control,
             "query",

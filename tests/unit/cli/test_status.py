@@ -127,11 +127,22 @@ def test_watch_refreshes_until_interrupted(set_agents, capsys, monkeypatch):
     assert "▁▁█" in text
 
 
+@pytest.mark.parametrize("command", ["status", "restart", "tasks", "hub", "metrics", "top --once"])
+def test_missing_home_is_not_created(command, capsys, monkeypatch, tmp_path):
+    """A misspelt Z4J_HOME has no agent, and the command leaves no directory there."""
+    monkeypatch.setenv("Z4J_HOME", str(tmp_path / "misspelt"))
+    assert main(command.split()) == 1
+    text = "".join(capsys.readouterr())
+    assert f"agent runs with Z4J_HOME={tmp_path / 'misspelt'}" in text
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["status", "restart"])
 def test_unusable_home_is_one_line(command, capsys, monkeypatch, tmp_path):
     """A Z4J_HOME that cannot be read is reported as one line with exit code 2."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setattr("z4j_bare.home.temporary_directories", list)  # nothing replaces Z4J_HOME
     assert main([command]) == 2
     text = capsys.readouterr().err
     assert text.startswith("z4j-bare: cannot use Z4J_HOME=")

@@ -287,6 +287,18 @@ def test_agent_that_does_not_answer_is_reported_with_pid(off_hub, monkeypatch):
         assert (row["pid"], row["error"]) == (77, "timed out")
 
 
+def test_socket_of_other_user_is_explained(serve, off_hub, monkeypatch):
+    """A socket that this user may not open is reported with what to do."""
+
+    def refuse(*_arguments):
+        raise PermissionError(13, "Permission denied")
+
+    serve(status={"x": 1})
+    monkeypatch.setattr(control.ControlClient, "request", refuse)
+    (row,) = off_hub(control.status)
+    assert row["error"] == ("this user may not use the agent's socket: run the command as its user")
+
+
 def test_server_works_in_home_with_long_path(serve, off_hub, monkeypatch, tmp_path):
     """The path of ``Z4J_HOME`` may be longer than the address of a socket."""
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / ("h" * 200)))
