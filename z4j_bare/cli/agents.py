@@ -15,6 +15,10 @@ from z4j_bare.monitoring.duplicate_agents import workers_of
 ANSWER_TIMEOUT = 10.0
 
 
+#: The error of an agent that has not answered in time.
+TIMED_OUT = "timed out"
+
+
 def add_watch(parser: argparse.ArgumentParser) -> None:
     """Add the flag that refreshes the output."""
     parser.add_argument(
@@ -42,15 +46,20 @@ def refresh_interval(text: str) -> float:
 
 
 def query_selected(
-    verb: str, parameters: Mapping[str, object], arguments: argparse.Namespace
+    verb: str,
+    parameters: Mapping[str, object],
+    arguments: argparse.Namespace,
+    timeout: float = ANSWER_TIMEOUT,
 ) -> list[dict[str, Any]]:
     """Return the answers of the agents that ``--adapter`` and ``--worker`` select.
 
     The answer of a failed request has ``error``, and is returned whatever ``--worker`` is.
+
+    :param timeout: seconds that an agent may need between two parts of its answer.
     """
     return [
         answer
-        for answer in control.query(verb, parameters, ANSWER_TIMEOUT)
+        for answer in control.query(verb, parameters, timeout)
         if arguments.adapter in (None, answer["adapter"])
         and ("error" in answer or arguments.worker in (None, *workers_of(answer)))
     ]
@@ -80,7 +89,10 @@ def _agent_text(agent: Mapping[str, Any]) -> str:
 
 def no_answer_text(answer: Mapping[str, Any]) -> str:
     """Return the text for an agent that did not answer."""
+    hint = (
+        ": its process is stopped, or a task holds its hub" if answer["error"] == TIMED_OUT else ""
+    )
     return (
         f"no answer from the {answer['adapter']} agent in process {answer['pid']}: "
-        f"{answer['error']}"
+        f"{answer['error']}{hint}"
     )

@@ -11,7 +11,13 @@ from typing import Any
 
 from z4j_bare import control
 from z4j_bare.cli import configuration
-from z4j_bare.cli.agents import answers_exit_code, no_agent_text, query_selected
+from z4j_bare.cli.agents import (
+    ANSWER_TIMEOUT,
+    answers_exit_code,
+    no_agent_text,
+    no_answer_text,
+    query_selected,
+)
 from z4j_bare.cli.output import Output
 from z4j_bare.errors import HostConfigurationError
 from z4j_bare.monitoring.duplicate_agents import workers_of
@@ -34,6 +40,10 @@ MAX_ROWS = 20
 
 #: Seconds to wait after the end of a profile before its result is read.
 PROFILE_MARGIN = 0.5
+
+
+#: Seconds to wait for the result of a profile. A task that holds the hub delays it.
+RESULT_TIMEOUT = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
             output.print_line(f"sampling for {arguments.profile:g} s")
             time.sleep(arguments.profile + PROFILE_MARGIN)
     parameters = {"result": True} if arguments.profile else {}
-    answers = query_selected(control.HUB, parameters, arguments)
+    timeout = RESULT_TIMEOUT if arguments.profile else ANSWER_TIMEOUT
+    answers = query_selected(control.HUB, parameters, arguments, timeout)
     code = answers_exit_code(answers)
     if not answers:
         output.print_line(no_agent_text(arguments))
@@ -88,7 +99,7 @@ def print_answer(output: Output, answer: Mapping[str, Any]) -> None:
     names = sorted(workers_of(answer))
     title = f"{', '.join(names) or answer['adapter']} (pid {answer['pid']})"
     if "error" in answer:
-        output.print_line(f"{title}: no answer: {answer['error']}", "bold red")
+        output.print_line(no_answer_text(answer), "bold red")
         return
     lag, recent = answer["lag"], answer["lag"]["recent"]
     if answer["has_hub"]:

@@ -60,14 +60,16 @@ SILENT = {"adapter": "bare", "pid": 8, "error": "timed out"}
 @pytest.fixture
 def set_answers(monkeypatch):
     """``set_answers(*answers)``: what all agents answer; returns the list of requests."""
-    requests = []
+    requests, timeouts = [], []
 
     def script(*answers):
         def query(verb, parameters=None, timeout=0.0):
             requests.append((verb, parameters))
+            timeouts.append(timeout)
             return [dict(each) for each in answers]
 
         monkeypatch.setattr(control, "query", query)
+        script.timeouts = timeouts
         return requests
 
     return script
@@ -118,8 +120,10 @@ def test_silent_agent_is_named(set_answers, capsys):
     """An agent that does not answer is named, and the exit code is 1."""
     set_answers(answer(tasks=[], has_hub=True, lag=LAG, holds=[]), SILENT)
     assert main(["tasks"]) == 1
-    assert "process 8: timed out" in capsys.readouterr().out
+    cause = "process 8: timed out: its process is stopped, or a task holds its hub"
+    assert cause in capsys.readouterr().out
     assert main(["hub"]) == 1
+    assert cause in capsys.readouterr().out
 
 
 def test_prefork_child_has_no_position(set_answers, capsys):
@@ -253,6 +257,8 @@ def test_hub_profile_writes_stacks(set_answers, capsys, tmp_path):
     path = tmp_path / "stacks.txt"
     assert main(["hub", "--profile", "0.01", "--output", str(path)]) == 0
     assert [parameters for _, parameters in requests] == [{"profile": 0.01}, {"result": True}]
+    # A task that holds the hub at the end of the profile must not cost the result.
+    assert set_answers.timeouts[1] >= 60
     assert path.read_text() == "a.run;b.spin 540\n"
     assert "many steps" in capsys.readouterr().out
 
