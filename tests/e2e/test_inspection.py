@@ -1,6 +1,7 @@
 """``z4j-bare tasks`` and ``hub`` with real Celery workers."""
 
 import json
+import linecache
 import os
 import subprocess
 import sys
@@ -8,18 +9,27 @@ import time
 
 import pytest
 
-from tests.support.e2e_project import E2EProject
+from tests.support.e2e_project import APPS, E2EProject
+from z4j_bare.control import ControlClient
 from z4j_bare.demo.process import until
 
 pytestmark = pytest.mark.timeout(120)
 
-#: The tasks that wait, and the function in which each of them waits.
+#: The tasks that wait or compute; the code of the lines where each of them may be; and the function
+#: that green pools show as the wait.
 WAITING = {
-    "receives": "receives",
-    "locks": "locks",
-    "runs_process": "runs_process",
-    "computes": "comput",
+    "receives": (("connection.recv(1)",), "socket.recv"),
+    "locks": (("lock.acquire(timeout=WAIT_SECONDS)",), ("Lock.acquire", "Semaphore.acquire")),
+    "runs_process": (("subprocess.run(",), "subprocess.run"),
+    "computes": (("compute()", "time.sleep(0.001)", "sum(", "while time.monotonic()"), ""),
 }
+
+#: The ways to hold the hub: an unpatched sleep, a Python loop, and a C function that keeps the
+#: interpreter lock.
+BLOCKERS = ("sleep", "loop", "regex")
+
+#: Runs a program in a new pid namespace, as in another container.
+IN_CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
 
 
 @pytest.fixture(scope="module", params=["gevent", "eventlet", "threads", "prefork"])
@@ -37,11 +47,11 @@ def project(pool, brain, redis_url, tmp_path_factory):
         yield here
 
 
-def inspect(project, *arguments):
+def inspect(project, *arguments, prefix=()):
     """Run ``z4j-bare`` in the home of the project's agent and return its JSON document."""
     environment = {**os.environ, "Z4J_HOME": str(project.home / "agent")}
     done = subprocess.run(
-        [sys.executable, "-m", "z4j_bare", *arguments, "--json"],
+        [*prefix, sys.executable, "-m", "z4j_bare", *arguments, "--json"],
         env=environment,
         capture_output=True,
         text=True,
@@ -52,6 +62,12 @@ def inspect(project, *arguments):
     return json.loads(done.stdout)
 
 
+def ask(project, verb, **parameters):
+    """Send a request to the worker's agent and return the answer."""
+    (path,) = (project.home / "agent").glob("agent-*.sock")
+    return ControlClient("bare", 0, path).request(verb, 20.0, parameters)
+
+
 def test_tasks_are_found_where_they_wait(project, pool):
     """Each running task is listed with its age, its worker, and the line where it waits."""
     sent = {project.send(name): name for name in WAITING}
@@ -59,7 +75,8 @@ def test_tasks_are_found_where_they_wait(project, pool):
     def listed():
         (agent,) = inspect(project, "tasks", "--stack")["agents"]
         rows = {row["id"]: row for row in agent["tasks"] if row["id"] in sent}
-        return rows if len(rows) == len(sent) else None
+        started = all(row.get("position") for row in rows.values()) or pool == "prefork"
+        return rows if len(rows) == len(sent) and started else None
 
     rows = until(listed, "all tasks in the list", timeout=40, interval=0.5)
     for task_id, name in sent.items():
@@ -69,12 +86,35 @@ def test_tasks_are_found_where_they_wait(project, pool):
         if pool == "prefork":
             assert row["pid"]
             assert "position" not in row
-        else:
-            assert row["position"].partition(" in ")[2].startswith(WAITING[name])
-            assert row["position"].startswith("inspectable.py:")
-            assert any(frame["function"] == name for frame in row["stack"])
+            continue
+        lines, waiting = WAITING[name]
+        place, _, function = row["position"].partition(" in ")
+        file, _, number = place.partition(":")
+        assert (file, function) in (("inspectable.py", name), ("inspectable.py", "compute"))
+        assert linecache.getline(str(APPS / file), int(number)).strip().startswith(lines)
+        assert any(frame["function"] == name for frame in row["stack"])
+        if pool != "threads":
+            assert (row["waiting_in"] or "").startswith(waiting)
     for task_id in sent:
         project.producer.control.revoke(task_id, terminate=True)
+
+
+def test_other_container_sees_tasks(project, pool):
+    """A command with the same volume and another pid namespace lists the tasks of the worker."""
+    if pool != "gevent":
+        return  # the pool has no influence on the command
+    if subprocess.run([*IN_CONTAINER, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user cannot create a pid namespace")
+    project.send("receives")
+
+    def listed():
+        document = inspect(project, "tasks", prefix=IN_CONTAINER)
+        return document["agents"][0]["tasks"]
+
+    rows = until(listed, "the task", timeout=40, interval=0.5)
+    assert {row["worker"] for row in rows} == {"w@e2e"}
+    (pid,) = {agent["pid"] for agent in inspect(project, "status")["agents"]}
+    assert {row["pid"] for row in rows} == {pid}
 
 
 def test_top_shows_busiest_and_failed_tasks(project, pool):
@@ -97,29 +137,24 @@ def test_top_shows_busiest_and_failed_tasks(project, pool):
     assert "4929-1234" not in str(document)
 
 
-@pytest.mark.parametrize("kind", ["sleep", "loop", "regex"])
-def test_profile_names_what_holds_hub(project, pool, kind):
-    """A profile assigns the time of a hold to its code and its task, within 20 %."""
+def test_profile_names_what_holds_hub(project, pool):
+    """A profile assigns the time of each hold to its code and its task, within 20 %."""
     if pool not in ("gevent", "eventlet"):
-        (agent,) = inspect(project, "hub")["agents"]
-        assert not agent["has_hub"]
+        assert not ask(project, "hub")["has_hub"]
         return
-    profile = subprocess.Popen(
-        [sys.executable, "-m", "z4j_bare", "hub", "--profile", "4", "--json"],
-        env={**os.environ, "Z4J_HOME": str(project.home / "agent")},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with profile:
-        until(lambda: profiling(project), "a running profile", timeout=20, interval=0.1)
-        _, held = project.run("holds", kind, 1.2)
-        (agent,) = json.loads(profile.communicate(timeout=60)[0])["agents"]
-    rows = [row for row in agent["profile"]["holds"] if row["task"] == "e2e.holds"]
-    total = sum(row["total_seconds"] for row in rows if f"hold_by_{kind}" in row["place"])
-    assert total == pytest.approx(held, rel=0.2)
+    assert ask(project, "hub", profile=100)["profiling"]
+    held = {kind: project.run("holds", kind, 1.2)[1] for kind in BLOCKERS}
 
+    def totals():
+        holds = ask(project, "hub", result=True)["profile"]["holds"]
+        found = {
+            kind: sum(
+                hold["total_seconds"]
+                for hold in holds
+                if hold["task"] == "e2e.holds" and f"hold_by_{kind}" in hold["place"]
+            )
+            for kind in BLOCKERS
+        }
+        return found if all(found.values()) else None
 
-def profiling(project):
-    """Return whether the agent records a profile."""
-    (agent,) = inspect(project, "hub")["agents"]
-    return agent["profiling"]
+    assert until(totals, "all blockers", timeout=20) == pytest.approx(held, rel=0.2)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from celery import Celery
 from celery.worker import state
+from greenlet import greenlet
 
 from z4j_bare.engines.celery.running_tasks import RunningTasks, TaskQuery
 from z4j_bare.engines.celery.task_state import TaskState, TaskStates, TaskType
@@ -91,6 +92,19 @@ def test_stack_contains_files_and_names_only(app, waiting, backend):
     assert not any(
         each["module"].startswith(("gevent._hub", "eventlet.hubs")) for each in row["stack"]
     )
+
+
+def test_thousand_tasks_are_read_in_slices(app, backend, mode):
+    """The hub can run other greenlets between two tasks, and each row is complete by then."""
+    contexts = range(1, 1001) if mode == "threads" else [greenlet(pay) for _ in range(1000)]
+    states, listed, slices = TaskStates(), set(), []
+    for number, context in enumerate(contexts):
+        states.add(str(number), started(context, 1.0))
+    tasks = RunningTasks(app, states, "w@host", backend, in_process=True)
+    for row in tasks.iter_rows(TaskQuery(stack=True), lambda: slices.append(len(listed))):
+        listed.add(row["id"])
+    assert len(listed) == 1000
+    assert slices == list(range(1000))
 
 
 def test_query_selects_one_task(app, waiting, backend):
