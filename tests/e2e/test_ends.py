@@ -52,12 +52,13 @@ def test_uuid_id_succeeds(project):
     assert kinds(project, str(task_id)) == ["received", "started", "succeeded"]
 
 
-def test_masked_arguments_stay_hidden(project):
+@pytest.mark.parametrize(("task", "runs"), [("retries_masked", 2), ("replaces_masked", 3)])
+def test_masked_arguments_stay_hidden(project, task, runs):
     """What ``argsrepr`` and ``kwargsrepr`` hide is neither in the brain nor in the buffer, also
-    after a retry.
+    after a retry, and after a replacement with the same arguments.
     """
     task_id = project.producer.send_task(
-        "e2e.retries_masked",
+        f"e2e.{task}",
         args=("quagga-1234",),
         kwargs={"note": "okapi 5678"},
         argsrepr="(<hidden>,)",
@@ -65,13 +66,19 @@ def test_masked_arguments_stay_hidden(project):
     ).id
     row = project.row(task_id, "success")
     assert (row["args"], row["kwargs"]) == (["<hidden>"], {"note": "****"})
-    assert kinds(project, task_id).count("received") == 2
+    assert kinds(project, task_id).count("received") == runs
     events = str(project.brain.events(project.slug, "celery", task_id))
     files = b"".join(path.read_bytes() for path in (project.home / "agent").glob("*.sqlite*"))
     assert files
     for hidden in ("quagga", "okapi"):
         assert hidden not in events
         assert hidden.encode() not in files
+
+
+def test_value_that_cannot_be_examined_costs_itself_alone(project):
+    """A task whose result has a value that raises errors is a success, with the other values."""
+    row = project.row(project.send("returns_failing_value"), "success")
+    assert row["result"] == {"at": "<datetime.datetime>", "number": 3}
 
 
 def test_unstored_results_are_failures(project):

@@ -1,6 +1,7 @@
 """A Celery application with an agent, whose tasks end in unusual ways."""
 
 import time
+from datetime import datetime, tzinfo
 
 from celery import Task
 from celery.backends.base import DisabledBackend
@@ -70,6 +71,25 @@ def retries_masked(self, card, note):
     if not self.request.retries:
         raise self.retry(countdown=0, exc=ConnectionError("not yet"))
     return len(card) + len(note)
+
+
+@app.task(name="e2e.replaces_masked", bind=True)
+def replaces_masked(self, *args, **kwargs):
+    raise self.replace(retries_masked.s(*args, **kwargs))
+
+
+class FailingZone(tzinfo):
+    """A time zone whose code fails."""
+
+    def utcoffset(self, _moment):
+        raise ValueError
+
+    dst = tzname = utcoffset
+
+
+@app.task(name="e2e.returns_failing_value", ignore_result=True)
+def returns_failing_value():
+    return {"at": datetime(2026, 1, 2, tzinfo=FailingZone()), "number": 3}
 
 
 def wait_for(mark):
