@@ -110,7 +110,7 @@ def loads_incrementally(message: bytes, checkpoint: Callable[[], object]) -> Any
         return scan_once
 
     decoder: Any = json.JSONDecoder()
-    decoder.parse_array = lambda at, scan: JSONArray(at, yielding(scan))
+    decoder.parse_array = lambda at, scan, *rest: JSONArray(at, yielding(scan), *rest)
     decoder.parse_object = lambda at, strict, scan, *rest: JSONObject(
         at, strict, yielding(scan), *rest
     )
