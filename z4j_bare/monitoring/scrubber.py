@@ -132,7 +132,9 @@ def _encode(secret: str) -> Iterator[str]:
     texts = {secret, secret.strip(), unquote(secret)}
     raws = {text.encode(errors="surrogateescape") for text in texts}
     with suppress(ValueError):
-        raws.add(base64.urlsafe_b64decode(secret + "=" * (-len(secret) % 4)))
+        # Both alphabets. From CPython 3.15 on urlsafe_b64decode warns about the other one.
+        standard = secret.replace("-", "+").replace("_", "/")
+        raws.add(base64.b64decode(standard + "=" * (-len(secret) % 4)))
     for text in texts:
         yield text
         yield text.rstrip("=")
