@@ -33,6 +33,9 @@ _ENDED_BY_PEER = (
 #: Minimum time between two hints, in seconds.
 _HINT_INTERVAL = 60.0
 
+#: Number of attempts that the other side ends, before the hint is logged.
+_CLOSED_BEFORE_HINT = 3
+
 _FIX_SCHEME = (
     "if the broker is up, check port and scheme of the address, and broker_use_ssl: a port with "
     "TLS needs amqps:// or rediss://, a port without TLS needs amqp:// or redis://"
@@ -125,6 +128,8 @@ class RefusalHint(logging.Filter):
         self._app = app
         self._clock = clock
         self._logged_at = float("-inf")
+        self._closed = 0
+        self._closed_at = float("-inf")
 
     def install(self) -> None:
         """Read the lines that Celery logs from now on."""
@@ -141,9 +146,23 @@ class RefusalHint(logging.Filter):
             return
         for error in values:
             if isinstance(error, BaseException) and is_refusal(error):
+                if not self._lasts(error, now):
+                    return
                 self._logged_at = now
                 logger.warning("z4j: no task can arrive: %s", explain_refusal(error, self._app))
                 return
+
+    def _lasts(self, error: BaseException, now: float) -> bool:
+        """Return whether an error may be more than a moment of an outage.
+
+        A broker that stops, or a proxy before it, also ends connections. It does so once or twice.
+        """
+        if not _is_closed(error):
+            return True
+        if now - self._closed_at > _HINT_INTERVAL:
+            self._closed = 0
+        self._closed, self._closed_at = self._closed + 1, now
+        return self._closed >= _CLOSED_BEFORE_HINT
 
 
 def explain_refusal(error: BaseException, app: Celery) -> str:

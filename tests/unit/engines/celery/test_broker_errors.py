@@ -177,6 +177,18 @@ def test_hint_follows_refusal_once_a_minute(app, caplog):
     assert lines[0].endswith("'orders' 'shop' '.*' '.*' '.*' (setting: broker_url)")
 
 
+def test_ended_connections_have_hint_if_they_repeat(app, caplog):
+    """Two ended connections are part of an outage; three within a minute may be a wrong port."""
+    now = [0.0]
+    hint = RefusalHint(app, clock=lambda: now[0])
+    for now[0] in (0.0, 2.0, 100.0, 102.0):
+        assert log_refusal(hint, ConnectionResetError(104, "Connection reset by peer"))
+    assert caplog.records == []
+    now[0] = 106.0
+    assert log_refusal(hint, ConnectionResetError(104, "Connection reset by peer"))
+    assert "a port with TLS needs amqps://" in caplog.records[0].getMessage()
+
+
 @pytest.mark.parametrize("error", [ConnectionRefusedError(), TimeoutError(), "text", None])
 def test_other_lines_have_no_hint(app, caplog, error):
     """A broker that does not answer is explained by Celery's own line."""
