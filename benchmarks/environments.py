@@ -91,7 +91,9 @@ def _environment(folder: Path, wanted: list[str]) -> str:
     title = wanted[0] if wanted[0] != "--editable" else "the observers"
     print(f"installing {title} into {folder} ...", file=sys.stderr, flush=True)
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-    _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted])
+    # Isolated: pip would count a checkout in PYTHONPATH or in the current directory as installed.
+    pip = [str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, *wanted])
     mark.write_text(json.dumps(wanted))
     return str(python)
 

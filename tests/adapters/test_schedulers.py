@@ -39,6 +39,11 @@ class Host:
     def row(self):
         return self.adapter, f"{self.package}'s own", self.package
 
+    def stop(self, process):
+        """Send the stop signal, and wait for the end of the process."""
+        os.kill(process.pid, self.stop_signal)
+        until(lambda: not process.running, "the end of the process", timeout=20)
+
 
 HOSTS = [
     Host(
@@ -107,8 +112,7 @@ def test_changes_of_schedules_in_code_are_durable(host, brain, redis_url, tmp_pa
         )
         project.change("delete", host.scheduler, "made")
         project.wait_deleted("made")
-        os.kill(running.pid, host.stop_signal)
-        until(lambda: not running.running, "the end of the process", timeout=20)
+        host.stop(running)
         assert running.exit_code == host.code
         prove(
             host.row,
@@ -125,3 +129,31 @@ def test_changes_of_schedules_in_code_are_durable(host, brain, redis_url, tmp_pa
         )
         assert set(project.schedules()) == {nightly}
         prove(host.row, "command", "trigger, create, update, delete")
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.package)
+def test_host_starts_without_task_of_created_schedule(host, brain, redis_url, tmp_path):
+    """The host starts, and one warning names the schedule; with the task it has an effect again."""
+    with SchedulerProject(brain, redis_url, tmp_path, host.app, host.package) as project:
+        running = project.start(*host.command)
+        nightly = project.nightly()
+        project.change("update", host.scheduler, nightly, is_enabled=False)
+        made = {**NEW_SCHEDULE, "kind": "cron", "expression": "0 5 * * *"}
+        project.change("create", host.scheduler, **made, task_name="add", args=[1, 2])
+        host.stop(running)
+        running = project.start(*host.command, WITHOUT_ADD="1")
+        log = project.home / "host.log"
+        assert log.read_text().count("schedule 'made'") == 1
+        host.stop(running)
+        project.start(*host.command)
+        until(
+            lambda: project.try_change(host.scheduler, nightly, "45 5 * * *"),
+            "a change in the next process",
+            timeout=40,
+            interval=1,
+        )
+        states = {name: row["is_enabled"] for name, row in project.schedules().items()}
+        assert states == {nightly: False, "made": True}
+        text = log.read_text()
+        assert text.count("schedule 'made'") == 1
+        assert "withheld" not in text

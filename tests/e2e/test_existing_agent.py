@@ -164,3 +164,37 @@ def test_return_to_existing_agent_keeps_schedules(hosts, brain, tmp_path):
             "an event of the existing agent",
             timeout=60,
         )
+
+
+def test_both_agents_write_one_schedule_file(hosts, tmp_path):
+    """Two processes that change the file at the same time lose no change of each other."""
+    number = 20
+    (tmp_path / "home").mkdir(mode=0o700, exist_ok=True)
+    writers = [
+        subprocess.Popen(
+            [host.python, str(APPS / "either_agent.py"), "create", name, str(number)],
+            env=host.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, host in zip(("existing", "ours"), hosts, strict=True)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        for writer in writers:
+            _, errors = writer.communicate(timeout=60)
+            assert (writer.returncode, errors) == (0, "")
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    made = {f"{name}-{index}" for name in ("existing", "ours") for index in range(number)}
+    for host in hosts:
+        _, found = host.run("schedules")
+        assert set(found) == made | {"paused", "changed", "deleted", "untouched"}

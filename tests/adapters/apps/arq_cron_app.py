@@ -20,8 +20,11 @@ async def add(_context, x, y):
 
 
 def main():
+    functions = [func(nightly, name="nightly")]
+    if "WITHOUT_ADD" not in os.environ:
+        functions.append(func(add, name="add"))
     worker = Worker(
-        functions=[func(add, name="add"), func(nightly, name="nightly")],
+        functions=functions,
         cron_jobs=[cron(nightly, name="nightly", hour=3, minute=0, second=0)],
         redis_settings=RedisSettings.from_dsn(os.environ["REDIS_URL"]),
         poll_delay=0.05,

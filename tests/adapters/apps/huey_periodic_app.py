@@ -17,7 +17,8 @@ def nightly():
     sample_tasks.checks_loop(1)
 
 
-huey.task(name="add")(sample_tasks.add)
+if "WITHOUT_ADD" not in os.environ:
+    huey.task(name="add")(sample_tasks.add)
 control = NativeScheduleControl(os.path.join(os.environ["Z4J_HOME"], "huey-schedules.sqlite"))
 install_agent(
     engines=[HueyEngineAdapter(huey=huey)],

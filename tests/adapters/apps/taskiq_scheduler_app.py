@@ -19,7 +19,8 @@ async def nightly():
     await sample_tasks.checks_loop_async(1)
 
 
-broker.task(task_name="add")(sample_tasks.add_async)
+if "WITHOUT_ADD" not in os.environ:
+    broker.task(task_name="add")(sample_tasks.add_async)
 
 
 async def main():

@@ -2,6 +2,7 @@
 
 ``record PREFIX NUMBER`` stops with unsent events, and ``kill PREFIX NUMBER`` ends like a killed
 process. ``serve PREFIX...`` runs until stdin is closed. ``change`` and ``schedules`` use the file.
+``create PREFIX NUMBER`` waits for a line on stdin, and creates as many schedules.
 """
 
 import json
@@ -119,6 +120,11 @@ def main():
     control = NativeScheduleControl(Path(os.environ["Z4J_HOME"]) / "schedules.sqlite")
     if action == "change":
         change(control)
+    elif action == "create":
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for index in range(int(arguments[1])):
+            mutate(control, "create", name=f"{arguments[0]}-{index}", **NEW)
     deployed = [in_code(each, "0 4 * * *") for each in CODE]
     found = control.resolve(deployed, owner=OWNER)
     print(json.dumps({each.name: [each.is_enabled, each.expression, each.args] for each in found}))
