@@ -198,6 +198,10 @@ class WaitingWorker(BenchWorker):
             stdout=subprocess.DEVNULL,
         )
 
+    def is_profiled(self) -> bool:
+        """Return whether a profile runs."""
+        return bool(self.ask(HUB)["profiling"])
+
     def feed(self, number: int) -> None:
         """Release ``number`` short tasks."""
         self._release(number)
@@ -276,6 +280,8 @@ def _profile(peers: Peers, pool: str, core: int | None, args: argparse.Namespace
             progress(f"{pool}: profile {window + 1}")
             mine, other = workers[window % 2], workers[1 - window % 2]
             command = mine.command("hub", "--profile", str(args.profile))
+            if pool != "threads":  # without a hub there is nothing to profile
+                until(mine.is_profiled, "the profile", timeout=_TIMEOUT)
             cpu = _cpu_rates((mine, other), args)
             _succeed(command)
             found.profile.append(cpu[0])
@@ -287,9 +293,12 @@ def _profile(peers: Peers, pool: str, core: int | None, args: argparse.Namespace
 
 
 def _cpu_rates(workers: Sequence[WaitingWorker], args: argparse.Namespace) -> tuple[float, ...]:
-    """Give all workers the same tasks while a profile runs; return the CPU seconds a second."""
+    """Give all workers the same tasks while a profile runs; return the CPU seconds a second.
+
+    The measurement ends shortly before the profile.
+    """
     began = [worker.meter.read() for worker in workers]
-    group, deadline = int(args.rate * _GROUP_INTERVAL), time.monotonic() + args.profile
+    group, deadline = int(args.rate * _GROUP_INTERVAL), time.monotonic() + 0.95 * args.profile
     while (now := time.monotonic()) < deadline:
         for worker in workers:
             if group:
