@@ -311,6 +311,7 @@ def test_agent_runs_without_control_socket(backend, monkeypatch, tmp_path, caplo
     caplog.set_level(logging.INFO)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("Z4J_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("z4j_bare.home.temporary_directories", list)  # nothing replaces Z4J_HOME
     stop_event = backend.event()
     task = backend.spawn(ControlServer("bare", {}, backend).run, stop_event, name="control")
     until(lambda: "cannot reach this agent" in caplog.text)
