@@ -204,8 +204,12 @@ def read_leftovers(home):
                     continue
                 tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 if tables != (0,):  # a process killed while it creates the file leaves no table
-                    events = (json.loads(row.payload) for row in rows(Path(folder) / "copy"))
-                    keys.update((event["task_id"], event["kind"]) for event in events)
+                    payloads = [json.loads(row.payload) for row in rows(Path(folder) / "copy")]
+                    keys.update(
+                        (payload["task_id"], payload["kind"])
+                        for payload in payloads
+                        if "task_id" in payload  # not a result, and not an event of the worker
+                    )
     return keys, corrupt
 
 
