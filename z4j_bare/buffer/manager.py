@@ -61,9 +61,10 @@ class BufferManager:
     """The buffer as the agent's loops use it, on the hub.
 
     An operation makes one call on the native thread. Only :meth:`run_on_disk` raises errors of the
-    disk. While the disk is busy, the call is repeated. If the disk is full, the oldest events are
-    evicted. A corrupt file is quarantined, and a deleted file is replaced. After any other error,
-    or if the repeated call fails too, a store in memory is used.
+    disk. While the disk is busy, the call is repeated. If the disk is full, the file is shrunk,
+    and if that frees too little, the oldest events are evicted. A corrupt file is quarantined, and
+    a deleted file is replaced. After any other error, or if the repeated call fails too, a store in
+    memory is used.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
     :param memory: returns a new store in memory that is to replace a failed disk.
@@ -380,7 +381,15 @@ class BufferManager:
 
     def _recover_full(self, error: LocalStorageError) -> bool:
         ok, evicted = self._backend.offload(self._disk.free_space)
-        if ok:
+        if ok and not evicted:
+            self._warnings.warn(
+                "shrunk",
+                "z4j: the disk is full: the buffer's file was shrunk, and no event was dropped (%s)"
+                ". %s",
+                error,
+                _FREE_SPACE,
+            )
+        elif ok:
             self._warnings.warn(
                 "full",
                 "z4j: the disk is full: the %d oldest events in Z4J_HOME were dropped and count as "

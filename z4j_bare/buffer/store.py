@@ -53,6 +53,9 @@ MIN_BYTES = 1024 * 1024
 #: Minimum number of events that one eviction on a full disk removes.
 #: An eviction removes a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
+#: Bytes that a full disk must win back from free pages and the WAL for no event to be evicted.
+#: The next flush needs at most 256 events and the pages that they change.
+ENOUGH_SPACE = 512 * 1024
 
 
 class InsertGroup(NamedTuple):
@@ -171,8 +174,14 @@ class BufferStore:
 
     @storage_call
     def free_space(self) -> int:
-        """On a full disk, shrink the files and evict old events; return how many were evicted."""
+        """On a full disk, shrink the files, and evict old events if this wins back too little.
+
+        Return how many events were evicted.
+        """
+        size = self._space.disk_bytes()
         self._space.reclaim_all()
+        if size - self._space.disk_bytes() >= ENOUGH_SPACE:
+            return 0
         number = max(FULL_DISK_EVICTION, self.size() // 10)
         with self._accounting.transaction() as rows:
             rows.remove(self._oldest(EVENT, number, 0), CAPACITY)

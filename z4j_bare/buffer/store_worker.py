@@ -129,7 +129,7 @@ class StoreWorker:
         return None if self._store is None else self._store.cached_stats()
 
     def free_space(self) -> int:
-        """Evict the oldest events from a full disk; return the number of evicted events."""
+        """Free space on a full disk; return the number of evicted events."""
         return 0 if self._store is None else self._store.free_space()
 
     def quarantine(self) -> Losses:

@@ -13,6 +13,7 @@ from z4j_bare.buffer import EVENT, RESULT, BufferStore, files, new_store_path, s
 from z4j_bare.buffer import report as inspect
 from z4j_bare.buffer.errors import BUSY, CORRUPT, FULL, OTHER, READ_ONLY, classify
 from z4j_bare.buffer.files import create_file, lock_path
+from z4j_bare.buffer.store import ENOUGH_SPACE
 from z4j_bare.errors import LocalStorageError
 
 NOW = 1_000_000.0
@@ -428,6 +429,19 @@ def test_full_disk_rolls_back_append(path, opened):
     assert store.confirm([1]) == 1
     assert store.append(row(b"b")) == 0
     assert [entry.id for entry in store.drain(0, 10, 1000, (EVENT,))] == [2]
+
+
+def test_full_disk_evicts_events_only_if_files_cannot_shrink(path, opened):
+    """The space of acknowledged rows is given back first; events go when nothing else is left."""
+    store = opened(path)
+    store.append(row(bytes(4000)) * 300)
+    store.confirm(list(range(1, 291)))
+    size = store.stats().bytes
+    assert store.free_space() == 0
+    assert (store.size(), store.stats().lost) == (10, {})
+    assert store.stats().bytes < size - ENOUGH_SPACE
+    assert store.free_space() == 10
+    assert store.stats().lost == {"capacity": 10}
 
 
 def test_exception_rolls_back_transaction(path, opened, monkeypatch):

@@ -306,6 +306,21 @@ def test_full_disk_evicts_oldest_events(harness, caplog):
     ]
 
 
+def test_full_disk_that_shrinking_relieves_drops_no_event(harness, caplog, monkeypatch):
+    """The call is repeated after the file has shrunk, and the warning says that nothing is lost."""
+    harness.append_numbers(4)
+    monkeypatch.setattr(harness.stores[0], "free_space", lambda: 0)
+    harness.fail_with(FULL, 1)
+    harness.append_numbers(2)
+    assert harness.buffer.durable
+    assert harness.buffer.stats().lost == {}
+    assert harness.is_balanced()
+    (warning,) = [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING
+    ]
+    assert "no event was dropped (cannot append to the store: full). Free disk space" in warning
+
+
 def test_disk_that_stays_full_switches_to_memory(harness):
     """When freeing space does not help, rows go to memory, and no more are evicted."""
     harness.append_numbers(4)
