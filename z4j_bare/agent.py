@@ -22,6 +22,7 @@ from z4j_bare.monitoring.duplicate_agents import DuplicateAgentCheck
 from z4j_bare.monitoring.health import HealthLoop
 from z4j_bare.monitoring.hub_lag import HubLagMonitor
 from z4j_bare.monitoring.inspection import control_handlers
+from z4j_bare.monitoring.last_metrics import LastMetrics
 from z4j_bare.monitoring.metrics import AgentMetrics, Counters
 from z4j_bare.monitoring.registry import RegistryLoop
 from z4j_bare.pipeline.flush import FlushLoop
@@ -46,8 +47,7 @@ CONNECT_GRACE = 1.0
 class Agent:
     """The loops of a running agent and the objects that they share.
 
-    The constructor runs on the host's thread. The only I/O of the constructor is to read the HMAC
-    key's file.
+    The constructor runs on the host's thread. Its only I/O is to read the HMAC key's file.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class Agent:
         control_server = ControlServer(framework.name, handlers, backend)
         adopter = AdoptLoop.of_opener(opener, buffer, backend, sender.notify, ring.counts.report)
         self._flush_seconds = settings.flush_seconds
-        self._loops = loops = BackgroundLoops(backend, counters)
+        self._loops = loops = BackgroundLoops(
+            backend, counters, LastMetrics(framework.name, handlers, ring.counts, backend).write
+        )
         loops.add(self._flusher.run, "z4j-flush", wake=ring.wake.set)
         loops.add(self.supervisor.run, "z4j-supervisor")
         loops.add(health.run, "z4j-health")

@@ -140,7 +140,7 @@ def send_restart(adapter_id: str) -> tuple[int, str]:
     if os.name != "posix":
         message = "this platform has no Unix sockets to reach an agent: restart the worker process"
         return 2, message
-    clients = [each for each in list_clients(_safe_name(adapter_id)) if not _remove_if_stale(each)]
+    clients = [each for each in list_clients(safe_name(adapter_id)) if not _remove_if_stale(each)]
     answers = [_query(client, RESTART) for client in clients]
     remove_stale_pidfiles()
     accepted = ", ".join(str(answer["pid"]) for answer in answers if "error" not in answer)
@@ -260,10 +260,10 @@ def register_shutdown_atexit(callback: Callable[[], object]) -> str:
 
 def new_socket_path(adapter_id: str) -> Path:
     """Return an unused socket path for this process and remove stale sockets of the adapter."""
-    for client in list_clients(_safe_name(adapter_id)):
+    for client in list_clients(safe_name(adapter_id)):
         _remove_if_stale(client)
     # The random part is needed for containers that share a volume, because they all use pid 1.
-    return _runtime_dir() / f"agent-{_safe_name(adapter_id)}.{os.getpid()}-{token_hex(3)}.sock"
+    return _runtime_dir() / f"agent-{safe_name(adapter_id)}.{os.getpid()}-{token_hex(3)}.sock"
 
 
 @contextmanager
@@ -371,13 +371,13 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def _safe_name(adapter_id: str) -> str:
+def safe_name(adapter_id: str) -> str:
     """Return an adapter's name for use in a file name: only letters, digits, ``_`` and ``-``."""
     return re.sub(r"[^\w-]", "_", adapter_id)
 
 
 def _pidfile_name(adapter_id: str) -> str:
-    return f"agent-{_safe_name(adapter_id)}.pid"
+    return f"agent-{safe_name(adapter_id)}.pid"
 
 
 def _runtime_dir() -> Path:

@@ -21,6 +21,7 @@ from z4j_bare.cli import configuration
 from z4j_bare.cli.agents import answers_exit_code, no_agent_text, no_answer_text
 from z4j_bare.cli.output import Output
 from z4j_bare.errors import HostConfigurationError
+from z4j_bare.monitoring.last_metrics import KEEP_SECONDS, read_last
 from z4j_bare.monitoring.openmetrics import (
     GONE,
     LIVE,
@@ -54,9 +55,6 @@ ANSWER_TIMEOUT = 4.0
 
 #: Maximum number of agents that are queried at the same time.
 PARALLEL_QUERIES = 16
-
-#: Seconds for which the series of an ended worker are shown.
-KEEP_SECONDS = 300.0
 
 #: Name of the file in ``Z4J_HOME`` with the last answers, for the next call of the command.
 MEMORY_FILE = "metrics-last.json"
@@ -94,7 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = configuration.home() / MEMORY_FILE
     memory = Memory(_read_memory(path))
     everyone = query()
-    families = memory.families(everyone, time.time(), arguments.adapter)
+    now = time.time()
+    memory.add(read_last(configuration.home(), now))
+    families = memory.families(everyone, now, arguments.adapter)
     answers = [each for each in everyone if arguments.adapter in (None, each["adapter"])]
     with suppress(OSError):  # if this fails, the next call shows no ended workers
         _replace(path, json.dumps({"schema": SCHEMA, "answers": memory.entries()}))
@@ -131,6 +131,10 @@ class Memory:
     def entries(self) -> list[tuple[float, Answer]]:
         """Return the answers, each with the last time at which its process ran."""
         return list(self._known.values())
+
+    def add(self, entries: Iterable[tuple[float, Answer]]) -> None:
+        """Replace the answers of ended processes by those that they have written at their end."""
+        self._known |= {_identity(answer): (at, answer) for at, answer in entries}
 
     def families(
         self, answers: Sequence[Answer], now: float, adapter: str | None = None
@@ -177,7 +181,9 @@ class Collector:
         from prometheus_client.core import Metric
 
         with self._lock:
-            families = self._memory.families(query(), time.time(), self._adapter)
+            answers, now = query(), time.time()
+            self._memory.add(read_last(configuration.home(), now))
+            families = self._memory.families(answers, now, self._adapter)
         for family in families:
             metric = Metric(family.name, family.help, family.type)
             for suffix, labels, value in family.samples:

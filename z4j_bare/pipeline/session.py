@@ -444,12 +444,20 @@ class BackgroundLoops:
     """Runs the loops that last as long as the agent; logs, counts and restarts loops that fail.
 
     Loops are restarted, because a failed loop can lose data for days (posthog-python #865).
+
+    :param on_end: is called after the loops have ended.
     """
 
-    def __init__(self, backend: BaseConcurrency, counters: Counters) -> None:
+    def __init__(
+        self,
+        backend: BaseConcurrency,
+        counters: Counters,
+        on_end: Callable[[], object] | None = None,
+    ) -> None:
         self.stop_event: IEvent = backend.event()
         self._backend = backend
         self._counters = counters
+        self._on_end = on_end
         self._added: list[tuple[Callable[[IEvent], None], str]] = []
         self._wakes: list[Callable[[], object]] = [self.stop_event.set]
         self._tasks: list[Task] = []
@@ -490,9 +498,14 @@ class BackgroundLoops:
             wake()
 
     def join(self, deadline: float) -> None:
-        """Wait for the loops until ``deadline``, in seconds of the backend's monotonic clock."""
+        """Wait for the loops, and then for ``on_end``, until ``deadline``.
+
+        ``deadline`` is in seconds of the backend's monotonic clock.
+        """
         for task in self._tasks:
             task.join(max(0.0, deadline - self._backend.now()))
+        if self._on_end is not None:
+            run_until(deadline, self._on_end, self._backend)
 
     def stuck(self, seconds: float) -> set[str]:
         """Return the names of loops that have ended, or whose step takes more than ``seconds``."""

@@ -104,6 +104,28 @@ def test_ended_worker_is_shown_for_five_minutes(set_answers, clock, capsys):
     assert printed(capsys, 1).out == "# EOF\n"
 
 
+def test_last_counts_of_stopped_worker_replace_remembered_ones(set_answers, clock, capsys):
+    """The values at a worker's end are shown, also those that no earlier scrape has seen."""
+    set_answers(answer(tasks=[task(started=1)]))
+    collector = metrics.Collector(None)
+    registry = CollectorRegistry()
+    registry.register(collector)
+    generate_openmetrics(registry)
+    printed(capsys, 0)
+    home = metrics.configuration.home()
+    for pid, started in ((7, 5), (8, 9)):  # the second worker was never scraped
+        name = f"celery@web-{pid}"
+        last = answer(pid=pid, worker=name, tasks=[task(worker=name, started=started)])
+        file = home / f"metrics-ended-{pid}-abc.json"
+        file.write_text(json.dumps({"schema": 1, "at": clock.now, "answer": last}))
+    set_answers()
+    for text in (printed(capsys, 1).out, generate_openmetrics(registry).decode()):
+        assert values(text, "celery_task_started_total") == {"celery@web-7": 5, "celery@web-8": 9}
+        assert values(text, "celery_worker_up") == {"celery@web-7": 0, "celery@web-8": 0}
+    clock.now += metrics.KEEP_SECONDS + 1
+    assert printed(capsys, 1).out == "# EOF\n"
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": 9}', '{"schema": 1, "answers": [1]}'])
 def test_damaged_memory_is_ignored(set_answers, capsys, content):
     """A file of earlier answers that cannot be read is replaced."""
