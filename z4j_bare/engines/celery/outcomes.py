@@ -54,8 +54,9 @@ def failure_fields(exception: object, traceback: object) -> dict[str, Any]:
 def _formatted(exception: object) -> str | None:
     """Return the formatted traceback of ``exception``, or ``None`` if it has none."""
     try:
-        has_frames = isinstance(exception, BaseException) and exception.__traceback__ is not None
-        return "".join(format_exception(exception)) if has_frames else None
+        if not isinstance(exception, BaseException) or exception.__traceback__ is None:
+            return None
+        return "".join(format_exception(exception))
     except Exception:  # the exception's class redefines __class__, __traceback__ or __cause__
         return None
 
