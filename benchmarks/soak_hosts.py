@@ -127,8 +127,12 @@ class Disk:
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        until(self._is_ready, "the small disk", timeout=_START_TIMEOUT)
-        (self.outside / "ready").unlink()
+        try:
+            until(self._is_ready, "the small disk", timeout=_START_TIMEOUT)
+            (self.outside / "ready").unlink()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def _is_ready(self) -> bool:
