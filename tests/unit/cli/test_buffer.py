@@ -185,7 +185,7 @@ def test_drop_requires_selection_and_confirmation(home, capsys, monkeypatch):
     assert main(["buffer", "drop"]) == 2
     assert "--all" in capsys.readouterr().err
     assert main(["buffer", "drop", "nonsense"]) == 2
-    assert "no store 'nonsense'" in capsys.readouterr().err
+    assert "there is no store with that name (not shown)" in capsys.readouterr().err
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     assert main(["buffer", "drop", path.name]) == 2
     assert "--yes" in capsys.readouterr().err
