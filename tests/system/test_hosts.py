@@ -85,15 +85,19 @@ def start(wrapper, variables, number=50, size=10):
     )
 
 
-def finish(process):
-    """Return the outcome that the host printed, and its warnings about the state directory.
+def finish(*processes):
+    """Return the outcomes that the hosts printed, and their warnings about the state directory.
 
-    The warning at exit that rows in memory are lost is not among them.
+    No host ends before the last one has printed its outcome, because a running host adopts the
+    rows of an ended one. The warning at exit that rows in memory are lost is not returned.
     """
-    output, errors = process.communicate("\n", timeout=100)
-    assert process.returncode == 0, errors
-    lines = [line for line in errors.splitlines() if "Z4J_HOME" in line]
-    return json.loads(output), [line for line in lines if "are lost with this process" not in line]
+    outcomes, warned = [process.stdout.readline() for process in processes], []
+    for process in processes:
+        _, errors = process.communicate("\n", timeout=100)
+        assert process.returncode == 0, errors
+        lines = [line for line in errors.splitlines() if "Z4J_HOME" in line]
+        warned += [line for line in lines if "are lost with this process" not in line]
+    return [json.loads(outcome) for outcome in outcomes], warned
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def finish(process):
 )
 def test_user_without_usable_home_gets_temporary_directory(temporary, home):
     """The agent runs with its buffer in a private directory, and one warning names Z4J_HOME."""
-    outcome, warnings = finish(start(as_user, environment(TMPDIR=str(temporary), **home)))
+    (outcome,), warnings = finish(start(as_user, environment(TMPDIR=str(temporary), **home)))
     assert outcome == {
         "home": str(temporary / f"z4j-{UID}"),
         "kept": 50,
@@ -119,7 +123,7 @@ def test_user_without_usable_home_gets_temporary_directory(temporary, home):
 def test_directory_of_other_user_is_refused(temporary):
     """If root owns the predictable name, the name of the directory is random."""
     (temporary / f"z4j-{UID}").mkdir(mode=0o777)
-    outcome, warnings = finish(start(as_user, environment(TMPDIR=str(temporary))))
+    (outcome,), warnings = finish(start(as_user, environment(TMPDIR=str(temporary))))
     assert Path(outcome["home"]) != temporary / f"z4j-{UID}"
     assert outcome["durable"]
     assert len(warnings) == 1
@@ -128,7 +132,7 @@ def test_directory_of_other_user_is_refused(temporary):
 @pytest.mark.parametrize("home", [{}, {"HOME": "/root"}], ids=str)
 def test_host_on_read_only_system_buffers_in_memory(home):
     """No directory can be written: the host runs, and the one warning names Z4J_HOME."""
-    outcome, warnings = finish(start(read_only, environment(**home)))
+    (outcome,), warnings = finish(start(read_only, environment(**home)))
     assert (outcome["kept"], outcome["lost"], outcome["durable"]) == (50, 0, False)
     (warning,) = warnings
     assert "in memory only" in warning
@@ -153,11 +157,7 @@ def test_full_disk_that_processes_share_loses_nothing_silently(small_disk):
         start(lambda *command: list(command), variables, number=number, size=2000)
         for _ in range(PROCESSES)
     ]
-    outcomes, warned = [], []
-    for host in hosts:
-        outcome, warnings = finish(host)
-        outcomes.append(outcome)
-        warned += warnings
+    outcomes, warned = finish(*hosts)
     assert [each["kept"] + each["lost"] for each in outcomes] == [number] * PROCESSES
     assert warned
     for warning in warned:

@@ -38,11 +38,12 @@ def main(number, size):
         if each % 20 == 0:
             time.sleep(0.02)
     buffer, deadline = agent._agent.buffer, time.monotonic() + TIMEOUT
-    kept = lost = 0
-    while kept + lost < number and time.monotonic() < deadline:
+    kept, lost, consistent = 0, 0, False
+    while not (consistent and kept + lost >= number) and time.monotonic() < deadline:
         time.sleep(0.05)
-        stats = buffer.stats()
-        kept, lost = stats.rows, sum(agent.stats()["lost"].values())
+        before = sum(agent.stats()["lost"].values())
+        kept, lost = buffer.stats().rows, sum(agent.stats()["lost"].values())
+        consistent = lost == before  # no row became a loss between the two readings
     outcome = {
         "home": str(agent.config.buffer_path.parent),
         "kept": kept,
