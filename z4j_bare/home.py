@@ -26,6 +26,9 @@ _Key = tuple[str | None, str | None, int]
 #: bytes, and the names of the files take up to 60.
 MAX_PATH_BYTES = 440
 
+#: Temporary directories of all users, which are used after ``TMPDIR``.
+SHARED_TEMPORARY_DIRECTORIES = ("/tmp", "/var/tmp")  # noqa: S108
+
 #: What to do if a directory is unusable.
 HINT = "set Z4J_HOME to a private directory of that user"
 _EFFECTIVE = os.access in os.supports_effective_ids
@@ -140,7 +143,8 @@ def replacements() -> Iterator[Path]:
 
 def temporary_directories() -> list[Path]:
     """Return the predictable names of this user's directories in temporary directories."""
-    bases = dict.fromkeys(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")))  # noqa: S108
+    every = (os.environ.get("TMPDIR"), *SHARED_TEMPORARY_DIRECTORIES)
+    bases = dict.fromkeys(filter(None, every))
     return [Path(base).absolute() / f"z4j-{os.geteuid()}" for base in bases]
 
 

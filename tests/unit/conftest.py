@@ -6,6 +6,13 @@ from tests.support.peer import Peer
 from z4j_bare.asyncio_bridge.bridge import Bridge
 
 
+@pytest.fixture(autouse=True)
+def temporary_directory(monkeypatch, tmp_path):
+    """Let a replacement of an unusable home be in the test's directory, and find no other."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("z4j_bare.home.SHARED_TEMPORARY_DIRECTORIES", ())
+
+
 @pytest.fixture
 def bridge(backend):
     """A bridge of this mode, stopped at the end."""

@@ -203,7 +203,8 @@ def test_other_user_settles_again(monkeypatch, bad_home, tmp_path):
     settle_home()
     other = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: other)
-    monkeypatch.setattr(os, "access", lambda path, *_args, **_options: f"-{other}" in str(path))
+    mine = f"z4j-{other}"
+    monkeypatch.setattr(os, "access", lambda path, *_args, **_options: mine in Path(path).parts)
     monkeypatch.setattr(home, "private_directory", lambda directory: directory)
     (tmp_path / "tmp" / f"z4j-{other}").mkdir()
     assert settle_home() == tmp_path / "tmp" / f"z4j-{other}"

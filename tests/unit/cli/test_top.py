@@ -270,6 +270,20 @@ class Terminal:
         self.child.close()
         return self.child.exitstatus
 
+    def interrupt(self):
+        """Press Ctrl-C and return the exit code.
+
+        Python drops a KeyboardInterrupt that arrives in a finalizer, so the key is pressed again.
+        """
+        self.child.sendintr()
+        pressed = time.monotonic()
+        while self._read():
+            if time.monotonic() - pressed > 5:
+                self.child.sendintr()
+                pressed = time.monotonic()
+        self.child.close()
+        return self.child.exitstatus
+
     def _read(self):
         try:
             data = self.child.read_nonblocking(65536, timeout=0.2)
@@ -330,6 +344,5 @@ def test_terminal_shows_status_watch(terminal):
     made = terminal("status", "--watch", "0.2")
     made.wait(r"buffered  [▁-█]{3}")
     assert made.wait(r"celery@a +7 +gevent")
-    made.child.sendintr()
-    assert made.end() == 0
+    assert made.interrupt() == 0
     assert made.raw.endswith("\x1b[?25h\x1b[?1049l")
