@@ -85,11 +85,10 @@ def test_database_without_driver_is_reported(monkeypatch):
 
 def test_demo_cleans_up_shared_broker(redis_url, tmp_path):
     """On Redis all figures agree, the demo's keys are deleted, and other keys stay."""
-    with Redis.from_url(redis_url) as client:
+    url = urlsplit(redis_url)._replace(path="/9").geturl()  # other tests use the first database
+    with Redis.from_url(url) as client:
         client.set("other", "1")
-        code, out, err = run_demo(
-            tmp_path, "--pool", "prefork", "--tasks", "10", "--broker", redis_url
-        )
+        code, out, err = run_demo(tmp_path, "--pool", "prefork", "--tasks", "10", "--broker", url)
         assert code == 0, out + err
         assert "All figures agree." in out
         assert client.keys() == [b"other"]

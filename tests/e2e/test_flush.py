@@ -41,7 +41,8 @@ def test_flush_sends_events_without_session(brain, tmp_path, monkeypatch):
         command, env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"sent": EVENTS, "left": 0, "passed_over": [], "error": ""}
+    outcome = {"schema": 1, "sent": EVENTS, "left": 0, "passed_over": [], "error": ""}
+    assert json.loads(done.stdout) == outcome
     assert sorted(row["payload"]["number"] for row in brain.events(project, "stub", task)) == list(
         range(EVENTS)
     )
