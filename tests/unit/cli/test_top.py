@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import sys
 import time
+from functools import partial
 
 import pexpect
 import pyte
@@ -247,6 +249,8 @@ class Terminal:
             ["-m", "tests.support.top_answers", *arguments],
             dimensions=(24, 80),
             encoding="utf-8",
+            # A shell lets its background jobs ignore SIGINT, and the command would inherit that.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def text(self):
@@ -267,20 +271,6 @@ class Terminal:
         """Wait for the end and return the exit code."""
         while self._read():
             pass
-        self.child.close()
-        return self.child.exitstatus
-
-    def interrupt(self):
-        """Press Ctrl-C and return the exit code.
-
-        Python drops a KeyboardInterrupt that arrives in a finalizer, so the key is pressed again.
-        """
-        self.child.sendintr()
-        pressed = time.monotonic()
-        while self._read():
-            if time.monotonic() - pressed > 5:
-                self.child.sendintr()
-                pressed = time.monotonic()
         self.child.close()
         return self.child.exitstatus
 
@@ -344,5 +334,6 @@ def test_terminal_shows_status_watch(terminal):
     made = terminal("status", "--watch", "0.2")
     made.wait(r"buffered  [▁-█]{3}")
     assert made.wait(r"celery@a +7 +gevent")
-    assert made.interrupt() == 0
+    made.child.sendintr()
+    assert made.end() == 0
     assert made.raw.endswith("\x1b[?25h\x1b[?1049l")
