@@ -109,7 +109,7 @@ class RowTransaction:
         self.change.insert(len(entries), non_events, sum(map(len, map(PAYLOAD, entries))))
 
     def insert_events(self, payloads: Sequence[bytes], at: float) -> None:
-        """Insert events created at ``at``: in batches, or in single rows if one has a newline."""
+        """Insert events created at ``at``: in batches, or singly if a payload has a newline."""
         if payloads:
             self._insert_rows(self._accounting.batches.insert(self._next_id(), payloads, at))
         self.change.insert(len(payloads), 0, sum(map(len, payloads)))

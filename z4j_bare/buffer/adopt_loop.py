@@ -50,7 +50,7 @@ MAX_RETRIES = 20
 RETRY_DELAY = 30.0
 
 
-#: Counts an event: its engine, kind and fields.
+#: A function that counts an event. Its arguments are the event's engine, kind and fields.
 CountEvent = Callable[[str, str, dict[str, Any]], object]
 
 
@@ -61,7 +61,7 @@ class AdoptLoop:
     :param on_stored: notifies the sender; called after each step that may have moved rows.
     :param claim_runs: locks the ``.runs`` file at a path; runs on the native thread.
     :param claim_existing: claims the existing agent's buffer at a path; runs on the native thread.
-    :param on_reported: called with each event that reports a run of a dead process.
+    :param on_reported: called for each event that reports a run of a dead process.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class AdoptLoop:
         on_stored: Callable[[], None],
         on_reported: CountEvent | None = None,
     ) -> AdoptLoop:
-        """Return the loop that adopts the stores that ``opener`` can claim."""
+        """Return a loop that claims stores with ``opener``."""
         return cls(
             opener.buffer_path,
             opener.claim,
@@ -139,7 +139,7 @@ class AdoptLoop:
                 self._skip(path, orphan)
 
     def _adopt_existing(self, claim: Callable[[Path], ExistingBuffer], stop_event: IEvent) -> None:
-        """Adopt the buffers that the existing agent has left. Each buffer is logged once."""
+        """Adopt the buffers left by the existing agent. Each buffer is logged once."""
         ok, found = self._backend.offload(list_existing_buffers, self._buffer_path)
         for path in found if ok else ():
             if path in self._skip_until or stop_event.is_set():
@@ -207,7 +207,7 @@ class AdoptLoop:
                 self._backend.offload(partial(runs.release, delete=reported))
 
     def _count(self, events: list[bytes]) -> None:
-        """Count the events of a dead process's runs, because that process could not."""
+        """Count events that this process created for the runs of a dead process."""
         if self._on_reported is None:
             return
         ok, parsed = self._backend.offload(lambda: [json.loads(event) for event in events])
@@ -270,7 +270,7 @@ class AdoptLoop:
 
     def _skip(self, path: Path, error: BaseException) -> None:
         cause = classify(error) if isinstance(error, LocalStorageError) else ""
-        if cause == BUSY:  # the owner is alive, or another process adopts the store
+        if cause == BUSY:  # the owner is alive, or another process is adopting the store
             return
         self._skip_until[path] = self._backend.now() + SKIP_SECONDS
         level = logging.WARNING if cause == CORRUPT else logging.DEBUG

@@ -94,8 +94,8 @@ class Batches:
     def insert(self, first: int, payloads: Sequence[bytes], at: float) -> list[BufferEntry]:
         """Insert events as batches. The first event gets the id ``first``.
 
-        If a payload contains a newline, which separates the payloads of a batch, the events are
-        returned. The caller inserts these events as single rows.
+        A newline separates the payloads of a batch. If a payload itself contains a newline, the
+        events are returned, and the caller inserts the events as single rows.
         """
         self._ensure_loaded()
         joined = _SEPARATOR.join(payloads)

@@ -1,8 +1,8 @@
 """Sends the events that remain in buffers of the existing agent (z4j-bare on the package index).
 
-The layout is known from files that z4j-bare 1.13.0 wrote. A file contains frames with whole events,
-and a digest of the project's key. A running process of that agent holds an exclusive ``flock`` on
-its file. A file with another layout is reported and not changed.
+The layout of a buffer file is known from files that z4j-bare 1.13.0 wrote. A file contains frames
+with whole events, and a digest of the project's key. A running process of that agent holds an
+exclusive ``flock`` on its file. A file with another layout is reported and not changed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ PREFIX = "buffer-"
 #: have passed, and the next agent publishes schedules again.
 EVENT_KIND = "event_batch"
 
-#: Seconds after the last change during which a file is not touched, because the existing agent
-#: creates a file before it locks the file.
+#: A file is not touched until this many seconds after its last change. The existing agent creates a
+#: file before it locks the file, so an unlocked new file may belong to a running process.
 MIN_AGE = 5.0
 
 #: Maximum number of rows per step. Parsing and encoding 100 events takes 3 ms.
@@ -93,7 +93,7 @@ def is_existing_buffer(path: Path) -> bool:
 
 
 def list_existing_buffers(buffer_path: str | os.PathLike[str]) -> list[Path]:
-    """Return the buffers of the existing agent, running processes included."""
+    """Return the buffers of the existing agent, including those of running processes."""
     found = []
     for directory in files.candidate_directories(buffer_path):
         if is_private(directory):
@@ -102,7 +102,7 @@ def list_existing_buffers(buffer_path: str | os.PathLike[str]) -> list[Path]:
 
 
 def key_digest(key: bytes) -> str:
-    """Return the mark that the existing agent writes into the files of a project with this key."""
+    """Return the digest of a project's key that the existing agent stores in its files."""
     return sha256(key).hexdigest()[:_DIGEST_CHARS]
 
 
@@ -121,7 +121,7 @@ def read_existing_buffer(path: Path, digest: str | None = None) -> ExistingBuffe
         problem = "" if running else str(error)
     else:
         lock.release()
-    if path.is_symlink() or not path.is_file():  # SQLite would wait for the writer of a FIFO
+    if path.is_symlink() or not path.is_file():  # on a FIFO, SQLite would wait for a writer
         return ExistingBufferReport(path, running, size, problem=problem)
     mode = "mode=ro" if files.store_files(path)[2].exists() else "immutable=1"
     try:
@@ -163,16 +163,16 @@ class ExistingBuffer:
     The constructor locks the file. It raises ``LocalStorageError`` if the process runs (``busy``),
     and if the file is not private, has another layout or belongs to another project.
 
-    A step appends events to the target before it deletes their rows. If the process dies between
-    the two actions, the events are sent twice. The brain recognises a repeated event by its id and
-    time. When no row is left, the file is deleted.
+    A step appends events to the target before it deletes their rows. If this process dies
+    between the two actions, the events are sent twice. The brain recognises a repeated event by its
+    id and time. When no row is left, the file is deleted.
 
     :param path: the file.
     :param digest: the digest of the project's key.
     :param max_target_rows: a step moves no rows while the target has at least this number of rows.
     """
 
-    #: The file is never renamed.
+    #: Empty, because the file is never renamed.
     quarantine_reason = ""
 
     def __init__(self, path: Path, digest: str, max_target_rows: int) -> None:
@@ -184,7 +184,7 @@ class ExistingBuffer:
         self._max_target_rows = max_target_rows
         #: Ids of rows whose events were copied to the target, but which are not deleted yet.
         self._pending: list[int] = []
-        #: Id of the last row that was read. Rows that cannot be read are skipped.
+        #: Id of the last row that was read. The next step reads the rows after it.
         self._last_id = 0
         if time.time() - _changed_at(path) < MIN_AGE:
             raise LocalStorageError(f"{path} was just changed") from BlockingIOError(
@@ -245,7 +245,7 @@ class ExistingBuffer:
             if database is not None:
                 database.close()
         finally:
-            # The lock's descriptor is closed last, because this drops SQLite's locks on the file.
+            # The lock's descriptor is closed last: closing it drops SQLite's locks on the file.
             self._lock.release()
 
     def _check(self, digest: str) -> None:
@@ -311,7 +311,7 @@ class _FileLock:
             raise LocalStorageError(f"{path} belongs to a running process: {error}") from error
 
 
-#: Why a file of unknown layout is left alone.
+#: The problem of a file with an unknown layout.
 _UNKNOWN = "the layout is unknown; only the agent that wrote it can send its events"
 
 
@@ -344,7 +344,7 @@ def _entries(rows: list[tuple[int, bytes, float]]) -> tuple[list[BufferEntry], l
 
 
 def _seconds(value: object) -> float:
-    """Return a time in a file as seconds since the epoch; the present for anything but a number."""
+    """Return a time from a file in seconds since the epoch; now, if the value is not a number."""
     return float(value) if isinstance(value, int | float) else time.time()
 
 
@@ -356,7 +356,7 @@ def _events(payload: bytes) -> Iterator[bytes]:
 
 
 def _changed_at(path: Path) -> float:
-    """Return when the file or its log was changed last, in seconds since the epoch."""
+    """Return when the file or its WAL was changed last, in seconds since the epoch."""
     times = [0.0]
     for file in files.store_files(path)[:2]:
         with suppress(FileNotFoundError):

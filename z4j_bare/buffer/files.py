@@ -17,7 +17,7 @@ from z4j_bare.errors import LocalStorageError
 from z4j_bare.home import HINT, is_private, private_directory, temporary_directories
 
 #: Prefix of a store's file name.
-#: It differs from ``buffer-``, the asyncio agent's prefix, because that agent has another schema.
+#: It differs from ``buffer-``, the existing agent's prefix, because that agent has another schema.
 PREFIX = "z4j-green-"
 SUFFIX = ".sqlite"
 #: Separates the original name of a renamed corrupt file from the time of the renaming.

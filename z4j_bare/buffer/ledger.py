@@ -51,8 +51,8 @@ class Ledger:
     def claim(self, key: str, now: float, provisional_result: bytes) -> LedgerEntry | None:
         """Insert command ``key`` as started, with its provisional result, and return ``None``.
 
-        If the command already has an entry, change nothing and return that entry. An entry with the
-        state ``failed`` is replaced instead, so that the effect can be tried again.
+        If the command already has an entry, change nothing and return that entry. But an entry with
+        the state ``failed`` is replaced, so that the command can run again.
         """
         if not key.isascii():
             key = replace_surrogates(key)
@@ -139,12 +139,12 @@ def find_in_other_stores(
     """Return the entry of command ``key`` in the stores of other processes, running or dead.
 
     The brain may deliver a command to any process of an agent. An unfinished command is returned
-    with the state ``elsewhere``, because another process sends its result. The entry of a failed
-    effect is not returned, because the effect may be tried again.
+    with the state ``elsewhere``, because another process sends its result. An entry with the
+    state ``failed`` is not returned, because the command may run again.
 
     The function runs on the native thread and never raises.
 
-    :param own: path of this process's store, in order to skip this store.
+    :param own: path of this process's store, which is skipped.
     """
     if not key.isascii():
         key = replace_surrogates(key)

@@ -51,7 +51,7 @@ STATS_INTERVAL_IDLE = 5.0
 #: Minimum seconds between two warnings about the same subject.
 WARNING_INTERVAL = 60.0
 
-#: What the operator has to do about a full disk.
+#: How the operator can end the shortage on a full disk.
 _FREE_SPACE = (
     "Free disk space, or lower Z4J_BUFFER_MAX_BYTES, which each process of this Z4J_HOME may use"
 )
@@ -63,11 +63,11 @@ class BufferManager:
     An operation makes one call on the native thread. Only :meth:`run_on_disk` raises errors of the
     disk. While the disk is busy, the call is repeated. If the disk is full, the file is shrunk,
     and if that frees too little, the oldest events are evicted. A corrupt file is quarantined, and
-    a deleted file is replaced. After any other error, or if the repeated call fails too, a store in
-    memory is used.
+    a deleted file is replaced. After any other error, or if the call fails again after such a
+    recovery, a store in memory is used.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
-    :param memory: returns a new store in memory that is to replace a failed disk.
+    :param memory: returns a new store in memory, which replaces a failed disk.
     :param lookup: finds a command in stores of other processes; runs on the native thread.
     """
 
@@ -219,8 +219,8 @@ class BufferManager:
     def run_on_disk(self, operation: Callable[[BufferStore], T]) -> T | None:
         """Run ``operation(store)`` on the native thread; return ``None`` while memory is in use.
 
-        Raises ``LocalStorageError``. After an error, nothing is recovered, because operations only
-        adopt rows: rows that were not adopted stay in the file of the dead process.
+        Raises ``LocalStorageError``. An error starts no recovery: the operations only adopt rows,
+        and rows that were not adopted stay in the file of the dead process.
         """
         with self._lock:
             if self._memory is not None:

@@ -196,7 +196,7 @@ class MemoryStore:
     def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
         """Mark command ``key`` as done and store its result in case the command is redelivered.
 
-        :param state: ``failed`` if a later claim may start the effect again.
+        :param state: ``failed`` if a later claim may start the command again.
         """
         self._check()
         self._insert(LedgerEntry(replace_surrogates(key), state, result, now))

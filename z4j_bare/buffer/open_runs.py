@@ -1,7 +1,7 @@
 """Keeps the open runs in a memory-mapped file that survives ``SIGKILL``.
 
 A run is one execution of a task. After the death of a process, an agent in another process reports
-its open runs.
+the dead process's open runs.
 
 The file ``<store>.runs`` beside the process's store consists of a header, descriptions, and one
 slot for each open run. A description contains the fields shared by all events of one task type and

@@ -42,7 +42,8 @@ def open_store(buffer_path: str | os.PathLike[str], **options: Unpack[StoreOptio
     by others or is a symbolic link. A network file system without WAL or record locks is also
     unusable. Record locks are needed to find out whether the owner of a store is alive. ``notice``
     of the returned store says why the configured directory is not used. If no directory is usable,
-    raises ``LocalStorageError`` with the error of the configured directory.
+    or if the disk of the configured directory is busy or full, raises ``LocalStorageError`` with
+    the error of the configured directory.
     """
     first_error: LocalStorageError | None = None
     for directory in _directories(buffer_path):

@@ -55,7 +55,7 @@ class Orphan:
     ``busy``), if the store belongs to another deployment, or if the file has unsafe permissions. It
     renames an unreadable store.
 
-    A step appends rows to the target before it deletes them from the orphan. If the process dies
+    A step appends rows to the target before it deletes them from the orphan. If this process dies
     between the append and the deletion, the rows are sent twice. The brain recognises a repeated
     event by its id and time.
     """

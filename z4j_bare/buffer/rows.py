@@ -31,7 +31,7 @@ POISON = "poison"
 #: States of a command in the ledger.
 STARTED = "started"
 DONE = "done"
-#: The effect of the command failed. A later command may try the effect again.
+#: The effect of the command failed. A later claim may start the command again.
 FAILED = "failed"
 #: Another process started the command.
 #: The result is sent by that process, or by the process that adopts its store.
@@ -98,7 +98,7 @@ NO_STATS = BufferStats(0, 0, 0, None, {}, {}, 0, 0, "unopened", durable=False)
 class LedgerEntry:
     """The ledger's entry of one command.
 
-    ``state`` is ``started``, ``done``, ``failed`` for an effect that may be tried again, or
+    ``state`` is ``started``, ``done``, ``failed`` for a command that may run again, or
     ``elsewhere`` for a command of another process. ``result`` is the payload of the result, or of
     the provisional result while the command runs. ``result`` is empty if the result was dropped to
     free space. ``at`` is the time of the last change in seconds since the epoch.

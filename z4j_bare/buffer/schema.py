@@ -162,8 +162,8 @@ def connect(
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Commit all statements of the block, or none. A nested block joins the outer transaction.
 
-    ``BEGIN IMMEDIATE`` takes the write lock at once, because a transaction that starts with a read
-    cannot wait for the write lock later.
+    ``BEGIN IMMEDIATE`` waits for the write lock at once. A transaction that starts with a read
+    could not wait for the write lock later.
     """
     if connection.in_transaction:
         yield
@@ -222,7 +222,7 @@ def _configure(connection: sqlite3.Connection, path: Path, pages: int) -> None:
         )
     connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Some distributions build SQLite with secure_delete on. This doubles the writes of a deletion.
+    # Some distributions build SQLite with secure_delete on, which doubles the writes of a deletion.
     connection.execute("PRAGMA secure_delete=OFF")
     connection.execute(f"PRAGMA wal_autocheckpoint={pages}")
     connection.execute(f"PRAGMA journal_size_limit={pages * PAGE}")

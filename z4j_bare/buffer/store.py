@@ -53,8 +53,8 @@ MIN_BYTES = 1024 * 1024
 #: Minimum number of events that one eviction on a full disk removes.
 #: An eviction removes a tenth of all rows if that is more.
 FULL_DISK_EVICTION = 500
-#: Bytes that a full disk must win back from free pages and the WAL for no event to be evicted.
-#: The next flush needs at most 256 events and the pages that they change.
+#: If truncating free pages and the WAL on a full disk frees this many bytes, no event is evicted.
+#: The next flush needs less: it writes at most 256 events and the pages that they change.
 ENOUGH_SPACE = 512 * 1024
 
 
@@ -174,9 +174,9 @@ class BufferStore:
 
     @storage_call
     def free_space(self) -> int:
-        """On a full disk, shrink the files, and evict old events if this wins back too little.
+        """Shrink the files on a full disk; if this frees too little, evict the oldest events.
 
-        Return how many events were evicted.
+        Returns the number of evicted events.
         """
         size = self._space.disk_bytes()
         self._space.reclaim_all()
@@ -276,9 +276,9 @@ class BufferStore:
             return False
 
     def state_if_abandoned(self) -> StoreState:
-        """Return the losses if the file is abandoned: all its rows count as lost events.
+        """Return the losses after the file is abandoned: all its rows count as lost events.
 
-        A corrupt file may not show the kinds of its rows, and most rows are events.
+        The kinds of the rows may be unreadable in a corrupt file, and most rows are events.
         """
         lost = dict(self._accounting.counts.lost)
         lost[CORRUPTION, EVENT] = lost.get((CORRUPTION, EVENT), 0) + self.size()
@@ -303,7 +303,7 @@ class BufferStore:
     def settle(self, key: str, result: bytes, now: float, state: str = DONE) -> None:
         """Mark command ``key`` as done and store its result in case the command is redelivered.
 
-        :param state: ``failed`` if a later claim may start the effect again.
+        :param state: ``failed`` if a later claim may start the command again.
         """
         self._ledger.settle(key, result, now, state)
 

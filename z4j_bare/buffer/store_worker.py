@@ -94,8 +94,8 @@ class StoreWorker:
     ) -> CallResult[T]:
         """Open the store if needed, record ``losses``, delete ``acked`` rows, run ``operation``.
 
-        Acked rows are deleted before the operation, because the operation on a full store would
-        evict these rows and count them as lost.
+        Acked rows are deleted before the operation. If they were still in a full store, an append
+        would evict these rows and count them as lost.
         """
         notice = ""
         progress = Progress.CLOSED
@@ -175,8 +175,8 @@ def append(
 ) -> BufferStats | None:
     """Append rows; with ``want_stats``, return the stats from before the append.
 
-    The stats are read before the append. If the read failed after the append, the repeated call
-    would append the rows again.
+    A call whose read of the stats fails is repeated. If the read came after the append, the
+    repeated call would append the rows again.
     """
     stats = store.stats() if want_stats else None
     store.append(rows)
