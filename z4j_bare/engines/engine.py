@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class HealthProbe(NamedTuple):
     """A health check. ``run`` returns heartbeat entries, ``on_error`` the entries for a failure.
 
-    ``suspect`` returns whether the check should run again soon. It reads only memory.
+    ``suspect`` returns whether the check should run again soon. ``suspect`` does no I/O.
     """
 
     run: Callable[[], Mapping[str, str]]

@@ -75,7 +75,7 @@ class RqEngine(Engine):
 def _release(number: str) -> tuple[int, ...]:
     """Return the release numbers of a version: ``(1, 6, 7)`` for ``1.6.7rc1``.
 
-    The result is empty for a version that starts with no number, so such a version is too old.
+    The result is empty if the version does not start with a number. Such a version counts as old.
     """
     found = re.match(r"v?(\d{1,9}(?:\.\d{1,9})*)", number.strip())
     return tuple(map(int, found.group(1).split("."))) if found else ()
@@ -132,7 +132,7 @@ class RqSource(EventSource):
         super().disconnect()
 
     def _record_in_parent(self, event: Event) -> None:
-        # A forked work horse has a copy of the ring that nothing reads.
+        # In a forked work horse, nothing reads the copy of the ring.
         if fork.epoch() == self._epoch:
             self.record(event)
 

@@ -19,11 +19,12 @@ logger = logging.getLogger("z4j.runtime.engines.celery.broker_errors")
 #: The logger to which Celery writes why a worker cannot connect.
 _CELERY_LOGGER = "celery.worker.consumer.consumer"
 
-#: AMQP's reply codes for a refused virtual host and for a refused login.
+#: AMQP's reply code for a refused virtual host.
 _NOT_ALLOWED = 530
+#: AMQP's reply code for a refused login.
 _ACCESS_REFUSED = 403
 
-#: Texts of the transports if the other side ends the connection or speaks another protocol.
+#: Error texts of the transports when the peer ends the connection or speaks another protocol.
 _ENDED_BY_PEER = (
     "Server unexpectedly closed connection",
     "Connection closed by server",
@@ -33,7 +34,7 @@ _ENDED_BY_PEER = (
 #: Minimum time between two hints, in seconds.
 _HINT_INTERVAL = 60.0
 
-#: Number of attempts that the other side ends, before the hint is logged.
+#: Number of connections that the peer must end before the hint is logged.
 _CLOSED_BEFORE_HINT = 3
 
 _FIX_SCHEME = (
@@ -115,7 +116,7 @@ def _explain_network(error: BaseException, address: str) -> tuple[str, str]:
 
 
 class RefusalHint(logging.Filter):
-    """Logs the fix beside a line of Celery about a broker that refuses the worker.
+    """Logs the fix after Celery has logged that the broker refuses the worker.
 
     Celery repeats its line for ever, up to a hundred times a second. While a worker starts, its
     agent cannot report the cause to the brain: the agent starts when the worker is ready.
@@ -153,9 +154,9 @@ class RefusalHint(logging.Filter):
                 return
 
     def _lasts(self, error: BaseException, now: float) -> bool:
-        """Return whether an error may be more than a moment of an outage.
+        """Return whether an error may last longer than a short outage.
 
-        A broker that stops, or a proxy before it, also ends connections. It does so once or twice.
+        A broker that stops, or a proxy in front of it, ends only one or two connections.
         """
         if not _is_closed(error):
             return True
@@ -172,7 +173,7 @@ def explain_refusal(error: BaseException, app: Celery) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Return whether connecting may fail until a setting changes, on this host or the broker."""
+    """Return whether connecting may fail until a setting of this host or the broker is changed."""
     from socket import gaierror
     from ssl import SSLError
 
@@ -213,7 +214,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def _quoted(name: str) -> str:
-    """Return a name as an argument of a shell's command."""
+    """Return a name quoted as an argument of a shell command."""
     return "'" + name.replace("'", "'\\''") + "'"
 
 
@@ -223,5 +224,5 @@ def _original(error: BaseException) -> BaseException:
 
 
 def _text(error: BaseException) -> str:
-    """Return the broker's reply, or the exception's text, without the name of AMQP's method."""
+    """Return the broker's reply without the name of AMQP's method, or else the exception's text."""
     return str(getattr(error, "reply_text", "") or str(error) or type(error).__name__)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 #: The brain reads at most 1,024 queues from a heartbeat.
 MAX_QUEUES = 100
 
-#: Seconds after which a request of a probe fails. A probe that finds its connection broken makes
-#: up to three requests, so it ends within a few seconds after the broker is back.
+#: Seconds after which a request of a probe fails. A probe with a broken connection makes up to
+#: three requests, so it can take three times as long before it reports that the broker is back.
 MAX_WAIT = 2.0
 
 #: Seconds by which a reply of Redis may be late before :class:`BrokerProbe` checks the broker.
@@ -47,9 +47,9 @@ NOT_FOUND = "404"
 class BrokerProbe:
     """Probes the broker over a separate connection. A failed connection is replaced.
 
-    A worker whose own connection is broken runs no tasks. The probe reports this as a broker that
-    is not connected, although the broker answers. Celery 5.7 replaces such a connection after a
-    minute in prefork, and never in gevent, eventlet and threads.
+    A worker whose own connection is broken runs no tasks. The probe reports the broker of such
+    a worker as not connected, although the broker answers. Celery 5.7 replaces a broken connection
+    after a minute in prefork, and never in gevent, eventlet and threads.
 
     :param queues: returns the names of the queues to measure. Each probe calls this function,
         because the queues can change.
@@ -136,8 +136,8 @@ class BrokerProbe:
         try:
             return int(channel.queue_declare(queue=name, passive=True).message_count)
         except connection.channel_errors as error:
-            # After an error, AMQP closes the channel. Redis keeps the channel open. It is used
-            # again, because a new channel costs six round trips.
+            # After an error, AMQP closes the channel. Redis keeps the channel open. An open channel
+            # is used again, because a new channel costs six round trips.
             if getattr(channel, "closed", True):
                 self._channel = None
             if str(getattr(error, "reply_code", "")) == NOT_FOUND:
@@ -146,7 +146,7 @@ class BrokerProbe:
 
 
 class ConsumerWatch:
-    """Reads from the state of a worker's connection whether the broker may be away. Sends nothing.
+    """Reads the state of a worker's connection to detect a broker that is down. Sends nothing.
 
     :param consumer: the Consumer of this process's worker; ``None`` outside a worker.
     """
@@ -157,17 +157,17 @@ class ConsumerWatch:
     def in_trouble(self) -> bool:
         """Return whether the worker has lost its connection, or waits too long for a reply.
 
-        Celery removes a connection as soon as it has failed.
+        Celery sets the worker's ``connection`` to ``None`` as soon as the connection fails.
         """
         if self._consumer is None or not hasattr(self._consumer, "connection"):
             return False  # there is no Consumer, or it has not started
         return self._consumer.connection is None or self.silence() > MAX_SILENCE
 
     def silence(self) -> float:
-        """Return by how many seconds a reply to the worker is late; 0 if none is, or unknown.
+        """Return by how many seconds a reply to the worker is late; 0 if this is unknown.
 
         On Redis a worker always has a request open, and Redis replies within ``brpop_timeout``.
-        kombu 5.7 and later store the time of the request.
+        Only kombu 5.7 and later store the time of the request.
         """
         connection = getattr(self._consumer, "connection", None)
         # ``connection.transport`` would connect if the connection has no transport.
@@ -202,7 +202,7 @@ def _is_wrapper(error: BaseException) -> bool:
 
 
 def queue_names(app: Celery, consumer: Consumer | None) -> Callable[[], Iterable[str]]:
-    """Return a function that returns the worker's queues, or the app's without a ``consumer``."""
+    """Return a function for the names of the worker's queues; without ``consumer``, the app's."""
 
     def names() -> Iterable[str]:
         task_consumer = getattr(consumer, "task_consumer", None)

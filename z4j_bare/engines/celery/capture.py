@@ -34,7 +34,7 @@ class CeleryCapture(SignalHandlers):
     :param adapter: the adapter. Its redaction and the ``@z4j_meta`` of its tasks are applied.
     :param put: ``Ring.put``.
     :param hostname: the worker's node name; ``None`` outside a worker.
-    :param consumer: the worker's Consumer, which knows the names of the queues. If ``consumer`` is
+    :param consumer: the worker's Consumer, from which the queues are read. If ``consumer`` is
         ``None``, the routing key is reported as the queue.
     :param runs: ``Ring.runs``; if ``None``, open runs are not stored.
     :param context: ``IConcurrency.context_getter()``.

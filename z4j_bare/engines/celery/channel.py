@@ -44,8 +44,8 @@ CHUNK_BYTES = 4096
 #: Maximum bytes of one read from the pipe.
 READ_BYTES = 64 * 1024
 
-#: Number of counters of lost messages, and of slots for kept starts. New children get a counter and
-#: a slot with the same index, in turn.
+#: Number of counters of lost messages, and of slots for kept starts. Each new child uses the next
+#: index for its counter and its slot.
 LOSS_SLOTS = 4096
 
 #: Maximum number of incomplete messages that are kept for one child.
@@ -187,7 +187,7 @@ class ChannelWriter:
         return False
 
     def send_start(self, message: bytes) -> None:
-        """Send the start of a run, or keep it until the next message while the parent polls.
+        """Send the start of a run at once or, while the parent polls, with the next message.
 
         A start that is already kept is sent first.
         """
@@ -286,7 +286,7 @@ class ChannelReader:
         return any(number not in self._taken for number in self._kept)
 
     def kept_starts(self) -> list[tuple[int, bytes]]:
-        """Return the starts that were already kept at the last call, each with its writer's pid.
+        """Return the starts that the previous call found, each with its writer's pid.
 
         Each start is returned once. Between two calls, :meth:`read` must empty the pipe, so that
         the writer's earlier messages are returned before its start.
@@ -316,7 +316,7 @@ class ChannelReader:
             if start is None:
                 continue
             pid, message = start
-            # A child that is killed after its write has not dropped the start.
+            # A child that was killed after it sent the start has not dropped the start.
             if self._last_number.get(pid, 0) >= number:
                 _remember(self._taken, number, pid)
             elif matches(message):

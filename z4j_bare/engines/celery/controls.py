@@ -160,7 +160,7 @@ class CeleryControls:
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
         """Revoke a task on all workers, and terminate it where it runs."""
         deadline = self._deadline(seconds)
-        if _runs_in_this_solo_worker(task_id):  # it would read the command after the task
+        if _runs_in_this_solo_worker(task_id):  # it would read "revoke" after the task
             raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
         holder, running = self._find_task(task_id, deadline)
         if holder is not None and holder.pool in _NO_TERMINATE:

@@ -131,8 +131,8 @@ def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
     inherits, and reads replies to this process from the shared socket. If this process reads a
     reply first, the child waits for it for ever (kombu 5.6 and 5.7, prefork).
 
-    To fail if the broker is down, call :func:`open_connection`. Otherwise the first use of the
-    connection retries until the broker is available.
+    Call :func:`open_connection` to get an error if the broker is down. Without that call, the first
+    use of the connection retries until the broker is available.
     """
     connect = app.connection_for_read if reading else app.connection_for_write
     return connect(connect_timeout=CONNECT_TIMEOUT)
@@ -141,11 +141,11 @@ def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
 def open_connection(connection: Connection, max_wait: float | None = None) -> None:
     """Connect, once to each of the broker's addresses.
 
-    ``Connection.connect()`` waits 2 s and tries again. It waits with kombu's ``sleep``, which
+    ``Connection.connect()`` is not used. After a failure it waits 2 s with kombu's ``sleep``, which
     blocks the hub of a gevent worker (see the module ``green_kombu``).
 
-    :param max_wait: maximum seconds for which Redis or AMQP may not answer. Without it, a request
-        waits for ever if the network drops its packets.
+    :param max_wait: seconds after which a request without an answer from Redis or AMQP fails. With
+        ``None``, a request waits for ever if the network drops its packets.
     """
     if max_wait is not None and connection.transport.driver_type == "redis":
         options = connection.transport_options
@@ -154,7 +154,7 @@ def open_connection(connection: Connection, max_wait: float | None = None) -> No
     connection.ensure_connection(
         max_retries=max(0, len(connection.alt) - 1), reraise_as_library_errors=False
     )
-    # On AMQP this is the connection's transport. The transports of kombu have none.
+    # Only AMQP connections have this attribute. The connections of kombu's own transports lack it.
     transport = getattr(connection.connection, "transport", None)
     sock = getattr(transport, "sock", None)
     if max_wait is not None and sock is not None:

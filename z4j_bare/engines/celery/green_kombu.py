@@ -34,7 +34,7 @@ def has_unpatched_sleep() -> bool:
 
 
 def replace_sleep() -> None:
-    """Replace kombu's sleep by the patched ``time.sleep``, if it is not patched."""
+    """Replace kombu's sleep by the patched ``time.sleep``, if kombu's sleep is not patched."""
     if has_unpatched_sleep():
         sys.modules[_MODULE].sleep = time.sleep  # type: ignore[attr-defined]
         logger.info(

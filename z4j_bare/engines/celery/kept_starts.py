@@ -44,7 +44,7 @@ class KeptStarts:
         self._numbers[slot] = 0
 
     def numbers(self, used: int) -> dict[int, int]:
-        """Return the numbers of the messages in the first ``used`` slots, and their slots."""
+        """Return the slots of the messages in the first ``used`` slots, by message number."""
         numbers = self._numbers[: min(used, self._slots)].tolist()
         if not any(numbers):
             return {}

@@ -15,8 +15,9 @@ from z4j_bare.events.snapshot import OpaqueStr, TypedStr, snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Limits of the texts that Celery makes: maximum characters, and maximum nesting levels.
+#: Maximum characters of the texts that Celery makes.
 MAX_TEXT = 1024
+#: Maximum nesting levels of these texts.
 MAX_LEVELS = 3
 
 #: Lengths, in characters, of texts that Celery may have cut.
@@ -61,8 +62,8 @@ def hides(value: object, text: object) -> bool:
 def carry_over(headers: dict[str, Any], body: object) -> None:
     """Copy the author's ``argsrepr`` and ``kwargsrepr`` to a message that continues the task.
 
-    ``Task.retry()`` omits these texts, and so does ``Task.replace()``. The message of a replacement
-    gets a text only if it has the same arguments as the replaced task.
+    ``Task.retry()`` and ``Task.replace()`` omit these texts. The message of a replacement gets a
+    text only if the replacement has the same arguments as the replaced task.
     If the task has set a text in the new message, that text is kept.
 
     :param headers: the headers of the new message; changed in place.

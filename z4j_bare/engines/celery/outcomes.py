@@ -83,7 +83,7 @@ def end_without_signal(
 
     Such a run raised ``Ignore``, ``Reject``, or an exception that is not an ``Exception``, such as
     ``SystemExit`` or ``gevent.Timeout``.
-    Return ``None`` if the task was replaced, if the run was killed, or if it has another state.
+    Returns ``None`` if the task was replaced, if the run was killed, or for any other ``state``.
 
     :param state: ``state`` of the signal ``task_postrun``.
     :param raised: ``retval`` of the signal, which is the exception.
@@ -185,9 +185,9 @@ def mark_reported(error: BaseException | None, task_id: str) -> None:
 def is_reported(error: BaseException | None, task_id: str) -> bool:
     """Whether ``error``, or an exception in its chain of ``__context__``, is marked as reported.
 
-    After ``task_internal_error``, Celery tries to store the failure. If the failure is stored,
-    Celery sends ``task_failure``, else ``task_internal_error`` again. The mark is an attribute of
-    the exception, so the agent need not store the ids of ended tasks.
+    Celery can send two signals for one failure. After ``task_internal_error``, it tries to store
+    the failure, and sends ``task_failure`` if that succeeds, else ``task_internal_error`` again.
+    The mark is an attribute of the exception, so the agent need not store the ids of ended tasks.
     """
     for _ in range(_MAX_CONTEXT):
         if error is None:

@@ -54,8 +54,9 @@ logger = logging.getLogger("z4j.runtime.engines.celery.prefork_parent")
 #: A wake-up of the parent costs more than reading ten messages.
 GATHER_SECONDS = 0.1
 
-#: Maximum seconds of one wait for a message: while a child runs a task, and while none does.
+#: Maximum seconds of one wait for a message while a child runs a task.
 BUSY_WAIT = 1.0
+#: Maximum seconds of one wait for a message while no child runs a task.
 IDLE_WAIT = 30.0
 
 #: Seconds from a child's disappearance until the parent itself reports the end of the child's run.
@@ -67,7 +68,7 @@ VANISHED_DELAY_BLOCKING = 13.0
 #: Maximum seconds that the agent's stop waits until the last messages are read.
 FINISH_TIMEOUT = 2.0
 
-#: Maximum number of remembered tasks whose end the parent reported.
+#: Maximum number of tasks that are remembered because the parent reported their end.
 MAX_PARENT_ENDS = 1000
 
 #: Messages of the events that report a run whose end Celery does not report.
@@ -323,7 +324,8 @@ class PreforkCapture:
     def drain(self) -> bool:
         """Handle the messages in the channel and the records of the parent's handlers.
 
-        A kept start is handled at the second call that finds it, because most runs end before that.
+        A kept start is handled at the second call that finds it. Before that, most runs end and
+        send their starts.
 
         Return whether a message was handled, or a child keeps a start.
         """

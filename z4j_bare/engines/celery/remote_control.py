@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Maximum seconds for which the broker may not answer, so that no request stays in a network that
-#: drops its packets.
+#: Seconds after which a request without an answer fails. Without a limit, a request would wait for
+#: ever if the network drops its packets.
 MAX_WAIT = 10.0
 
 #: Seconds to wait for the reply of one worker.

@@ -78,8 +78,8 @@ class RepeatedRuns:
         - The task has returned to the queue.
           Without the delay, a task that returns again and again would flood the brain.
         - The run is a retry, and Celery has not signalled the end of the previous run.
-          :meth:`retried` then reports the start. In the other order the brain would show ``retry``
-          until this run ends, because the brain shows the state of the last event.
+          :meth:`retried` reports the start after the retry. In the other order the brain would show
+          ``retry`` until this run ends, because the brain shows the state of the last event.
 
         :param record: the record of the start. Its last item is the state of the task's last run.
         :param request: Celery's ``Context``, or the request as a dictionary.

@@ -62,9 +62,9 @@ class RunMonitor:
     def check(self, now: float, backend: BaseConcurrency) -> None:
         """Count accepted tasks whose start was not captured within :data:`START_TIMEOUT` seconds.
 
-        Only the first of these tasks is logged. The pool has not accepted a task that waits for its
-        ETA, for a rate limit or for a free place. No event is recorded for a counted task, because
-        its state is unknown.
+        Only the first of these tasks is logged. A task that waits for its ETA, for a rate limit or
+        for a free place is not accepted yet, so it is not counted. No event is recorded for a
+        counted task, because its state is unknown.
         """
         from celery.worker import state
 

@@ -34,7 +34,7 @@ MAX_CHILDREN = 50
 
 
 class TaskQuery(NamedTuple):
-    """What a client asks for.
+    """A client's request for the list.
 
     :param task: id of the only task to list; empty for all tasks.
     :param stack: whether to return whole stacks.
@@ -60,8 +60,8 @@ class RunningTasks:
 
     :param task_states: the states of the worker's tasks.
     :param worker: the worker's name in the brain.
-    :param in_process: whether the tasks run in this process. Tasks of a prefork pool run in its
-        children, whose stacks this process cannot read.
+    :param in_process: whether the tasks run in this process. A prefork pool runs its tasks in
+        child processes, whose stacks this process cannot read.
     """
 
     def __init__(
@@ -128,15 +128,15 @@ class RunningTasks:
                         os.getpid(),
                     )
                 task_state = task_state.attempt.previous if task_state.attempt else None
-        # Tasks that ``@z4j_meta`` excludes from the events have no state. The children of a prefork
-        # pool keep the states of its runs.
+        # Tasks that ``@z4j_meta`` excludes from the events have no state. All runs of a prefork
+        # pool are read from Celery's requests, which contain the children's pids.
         for request in list(state.active_requests):
             found = str(request.id)
             if found in listed or task_id not in ("", found) or not request.time_start:
                 continue
             known = self._task_states.get(found)
             if self._in_process and known is not None:
-                continue  # the run has just ended
+                continue  # the run has not begun, or has just ended
             queue = known.queue if known is not None else None
             age = max(0.0, time() - request.time_start)
             pid = os.getpid() if self._in_process else request.worker_pid or 0
@@ -153,7 +153,7 @@ class RunningTasks:
         }
 
     def _place(self, run: _Run, query: TaskQuery, scan: HeapScan) -> dict[str, Any]:
-        """Return where a run is. The hub must not switch during the call, or frames change."""
+        """Return where a run is. The hub must not switch, because a switch changes the frames."""
         function = getattr(self._app.tasks.get(run.name), "run", None)
         package = (getattr(function, "__module__", None) or "").partition(".")[0]
         frame_of = self._backend.frame_reader()

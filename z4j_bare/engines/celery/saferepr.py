@@ -102,8 +102,8 @@ class _Parser:
         start = self.position
         value = self.literal(first, depth) if self.nodes > 0 else _FAILED
         following = self.peek()
-        # An unexpected character follows if a backslash before the last quote extended the string
-        # into the next key.
+        # If a string ends with a backslash, the closing quote seems escaped, and the string extends
+        # into the next key. Then an unexpected character follows.
         if value is _FAILED or (following and following not in ends):
             return self.opaque(start, ends)
         return value

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 #: The recorded ``args`` and ``kwargs`` of tasks without arguments. All such tasks share the two
-#: objects, so the garbage collector has fewer containers. No code modifies them.
+#: objects, so the garbage collector visits fewer objects. No code modifies them.
 _NO_ARGS: list[Any] = []
 _NO_KWARGS: dict[str, Any] = {}
 
@@ -132,7 +132,7 @@ class BoundHeads(NamedTuple):
 class SignalHandlers:
     """The handlers of Celery's signals. Each makes a record from the signal's arguments.
 
-    :param task_types: the types of the tasks, which decide what is sampled.
+    :param task_types: the types of the tasks, with their sampling rates.
     :param worker: the worker's name in the brain; ``None`` outside a worker.
     :param queue_of: returns the name of the queue for a request's ``delivery_info``.
     :param kept_runs: stores the open runs; if ``None``, they are not stored.
@@ -335,8 +335,8 @@ class SignalHandlers:
         elif state == IGNORED:
             self._replaced(task_id, task_state, task)
         elif state is None and self._kept_runs is not None:
-            # The greenlet of the task was killed. Celery acknowledges its message as if the task
-            # had succeeded. At a cold stop no signal of the run's end follows.
+            # The task's greenlet was killed. Celery acknowledges the task's message as if the task
+            # had succeeded. At a cold stop, Celery sends no signal about the run's end.
             task_state = self.task_states.of_run(task_state, run_key(task.request))
             self._kept_runs.runs.acknowledged(task_state.slot)
 
@@ -375,7 +375,7 @@ class SignalHandlers:
         **_kwargs: object,
     ) -> None:
         # Celery sends this signal if the result backend or a handler of the task's class failed.
-        # If eager tasks propagate their errors, Celery sends it for every error and runs no retry.
+        # If eager tasks propagate their errors, every error causes this signal, and no retry runs.
         task_id = str(task_id)
         if is_reported(exception, task_id):
             return

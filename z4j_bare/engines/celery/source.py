@@ -156,8 +156,8 @@ class CelerySource(EventSource):
         except RuntimeError:  # the hub has just added a task
             return ""
         for task_id, task_state in states:
-            # A started greenlet that has not ended has no frame only while it is the current
-            # greenlet.
+            # ``gr_frame`` of a started greenlet that has not ended is ``None`` only while the
+            # greenlet runs.
             context = task_state.context
             if (
                 task_state.started_at
@@ -185,7 +185,7 @@ class CelerySource(EventSource):
         return tasks.iter_rows(module.TaskQuery(**query), checkpoint)
 
     def describe(self) -> dict[str, Any]:
-        """Return the worker with its queues, and how many tasks its pool has accepted."""
+        """Return the worker, its queues, and the number of tasks that its pool has accepted."""
         if self._consumer is None:
             return {**super().describe(), "worker": None}
         from celery.worker import state

@@ -23,7 +23,7 @@ MAX_TEMPLATES = 4096
 
 
 class _Template:
-    """JSON that all events of one task name and queue share.
+    """JSON shared by all events of one task name and queue.
 
     ``data`` is the complete data of ``task.started``. ``queue`` and ``tail`` are parts of the data
     of other events. The constructor raises ``ValueError`` if a name must be cut.
@@ -136,7 +136,7 @@ class TaskEncoder:
         return self._encode(kind, timestamp, record, self._complete(own, task_state, ended))
 
     def rejected(self, record: Captured) -> bytes:
-        """Encode ``(_, kind, timestamp, task_id, common, own)`` of a message that is no task."""
+        """Encode ``(_, kind, timestamp, task_id, common, own)`` of a rejected message."""
         self._counts.cell(self._engine, self._worker, record[5]["task_name"], None).rejected += 1
         return self.encode(record)
 

@@ -59,7 +59,7 @@ class TaskType:
     def is_sampled(self, task_id: str) -> bool:
         """Whether this run is reported.
 
-        The decision depends on a hash of the task id, so it is the same for all events of a run.
+        The decision depends on a hash of the task id, so it is the same for all events of a task.
         """
         return (
             self.unsampled or zlib.crc32(task_id.encode(errors="replace")) < self.rate * 0xFFFFFFFF
@@ -195,9 +195,9 @@ class Attempt:
     )
 
     def __init__(self, key: RunKey | None = None, received_at: float = 0.0) -> None:
-        #: Whether the run's final event has been given its timestamp.
+        #: Whether the run's final event has its timestamp.
         self.ended = False
-        #: Identifies the run; ``None`` for the first run that this process knows.
+        #: Identifies the run; ``None`` for the task's first run in this process.
         self.key = key
         #: The state with the task's previous timestamps; ``None`` after this run's first event.
         self.stamps: TaskState | None = None

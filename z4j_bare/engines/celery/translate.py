@@ -195,7 +195,7 @@ class Translator:
         return self._task_types.of(self._app.tasks.get(name, name))
 
     def _on_sent(self, event: CeleryEvent) -> None:
-        """Store the queue of a task. Only a producer with ``task_send_sent_event`` reports it."""
+        """Store a task's queue. Only a producer with ``task_send_sent_event`` sends this event."""
         task_id, queue = _task_id(event), event.get("queue")
         task_type = self._task_type(_text(event["name"]))
         task_state = self._task_states.get(task_id)

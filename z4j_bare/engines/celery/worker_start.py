@@ -59,8 +59,8 @@ class WorkerStart:
     def connect(self) -> None:
         """Connect the handlers, if this process uses Celery. A second call does nothing.
 
-        If z4j_celery has been imported, this method imports Celery, because z4j_celery imports this
-        package before Celery.
+        z4j_celery imports this package before Celery. If z4j_celery is being imported, this method
+        therefore imports Celery itself.
         """
         if self._connected or not ("celery" in sys.modules or "z4j_celery" in sys.modules):
             return
@@ -110,7 +110,7 @@ class WorkerStart:
         safe_call(_explain_refusals, sender)
 
     def _restart_when_ready(self) -> None:
-        """Stop an agent that started before this process became a worker; start it when ready.
+        """Stop an agent that runs already, and start it again when the worker is ready.
 
         The command line of a program that calls ``app.worker_main()`` does not show that the
         program is a worker. If such a program installs an agent before the call, the agent starts
@@ -133,8 +133,8 @@ class WorkerStart:
     def _open_channel(self, sender: object = None, **_kwargs: object) -> None:
         """Make the channel of a prefork worker before the first child is forked.
 
-        The children inherit the channel, so an agent that is installed at ``worker_ready`` is too
-        late to make it.
+        The children inherit the channel. At ``worker_ready``, when an agent may be installed, the
+        children exist already.
         """
         pool = str(getattr(sender, "pool_cls", ""))
         spawn = getattr(sender, "pool_start_method", "fork") == "spawn"

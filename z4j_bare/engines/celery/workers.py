@@ -40,7 +40,7 @@ POLL_INTERVAL = 0.25
 #: Maximum number of workers in the registry, and of tasks whose route is cached.
 MAX_WORKERS = 1000
 
-#: Maximum characters of a worker name; the encoder shortens it further.
+#: Maximum characters of a worker name. The encoder applies a smaller limit later.
 MAX_NAME_CHARS = 4096
 
 
@@ -201,7 +201,7 @@ class WorkerRegistry:
             if self.touch(hostname) is not None:
                 worker = self._workers[hostname]
                 worker.queues = tuple(str(queue["name"]) for queue in queues or ())
-                worker.due = inf  # the step _enable_events also reaches a worker that replied
+                worker.due = inf  # the next step enables the events of this worker
 
     def _enable_events(self, connection: Connection, hostnames: list[str] | None) -> None:
         self._app.control.enable_events(destination=hostnames, connection=connection)
