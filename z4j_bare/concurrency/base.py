@@ -213,9 +213,9 @@ class BaseConcurrency:
         return threading.get_ident
 
     def frame_reader(self) -> Callable[[object], FrameType | None]:
-        """Return a function from a context to its innermost frame at this moment.
+        """Return a function that returns a context's innermost frame at this moment.
 
-        ``None`` stands for a context that has ended or, with a hub, is running now.
+        That function returns ``None`` if the context has ended or, with a hub, is running now.
         """
         frames = current_frames()
 
@@ -270,7 +270,7 @@ class BaseConcurrency:
             task.running_since = None
             self.steps.end(start, task.name)
             # Foreign code that runs during the wait may call the backend.
-            # Its calls must not end a step.
+            # Such a call must not end a step, because this step has ended.
             _step_start.set(None)
         try:
             return wait(*args)

@@ -16,7 +16,7 @@ from z4j_bare.errors import HostConfigurationError
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
 #: Module and class of each backend.
-#: :func:`build` imports only the chosen module, because two of them import gevent or eventlet.
+#: :func:`build` imports only the chosen module, because the module of a library imports it.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),
@@ -43,8 +43,8 @@ class Detection:
 def detect(modules: Mapping[str, ModuleType] | None = None) -> Detection:
     """Return what is patched in ``modules`` (default: ``sys.modules``). Imports nothing.
 
-    Threads and sockets are checked separately, because kombu treats a partial patch as a full
-    patch, and the agent must not.
+    Threads and sockets are checked separately, because only one of them may be patched. kombu
+    treats such a process as fully patched, but the agent must not.
     """
     modules = sys.modules if modules is None else modules
     gevent = modules.get("gevent.monkey")

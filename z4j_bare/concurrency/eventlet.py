@@ -102,9 +102,9 @@ class Event:
 class NativeWorker:
     """One native thread that runs one job at a time while the hub of the caller continues.
 
-    ``eventlet.tpool`` is not used. That pool gives each job to the thread, out of twenty, that was
-    idle for longest. The caches of that thread are cold, and SQLite allocates memory for each
-    thread.
+    ``eventlet.tpool`` is not used. That pool has twenty threads, and gives each job to the thread
+    that was idle for longest. The caches of such a thread are cold, and SQLite allocates memory for
+    each thread.
     """
 
     def __init__(self) -> None:

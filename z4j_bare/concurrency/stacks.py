@@ -1,8 +1,8 @@
 """Reads the positions of greenlets, threads and coroutines in the code.
 
-The functions read no values of local variables. ``frame.f_locals`` of a frame that is still in use
-keeps all values alive until the frame ends (CPython 3.11 and 3.12). A :class:`Position` refers to
-no frame, so it can be stored.
+The functions read no values of local variables. A read of ``frame.f_locals`` keeps all values alive
+until the frame's function ends (CPython 3.11 and 3.12). A :class:`Position` refers to no frame, so
+it can be stored.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RUNTIME_PACKAGES = frozenset(
     )
 )
 
-#: Frames with which a hub waits.
-#: They are the last frames before the hub runs, and do not show the reason of the wait.
+#: Modules and functions that switch to the hub.
+#: Their frames are the innermost ones of a waiting greenlet, and do not show why it waits.
 _HUB_MODULES = ("eventlet.hubs", "gevent._hub_", "gevent._waiter", "gevent._socketcommon")
 _HUB_FUNCTIONS = frozenset(("_read_trampoline", "_trampoline", "trampoline", "switch"))
 
-#: Names of the patched functions of gevent and eventlet, and the names under which users know them.
+#: Maps functions of gevent and eventlet to the names under which users know them.
 _KNOWN_NAMES = {
     "eventlet.greenthread.sleep": "time.sleep",
     "gevent.hub.sleep": "time.sleep",
@@ -49,7 +49,7 @@ _KNOWN_NAMES = {
     "gevent.hub.Hub.join": "gevent.wait",
 }
 
-#: Packages whose modules replace those of the standard library with the same name.
+#: Packages whose modules replace the standard library's modules of the same name.
 _PATCHED_PACKAGES = ("eventlet.green", "gevent")
 
 _KNOWN_CLASSES = {"GreenSocket": "socket", "LockType": "Lock", "SocketMixin": "socket"}
@@ -160,9 +160,9 @@ def is_internal(position: Position) -> bool:
 def innermost_user_code(stack: Sequence[Position], package: str = "") -> tuple[int, str]:
     """Return the index of the innermost position in the user's code, and what that code awaits.
 
-    If all positions lie in libraries, the innermost one of the task's own ``package`` counts as the
-    user's code, or else the innermost one that is not part of a runtime. The index is -1 if there
-    is none.
+    The user's code is the task's own ``package`` and all code outside libraries. If the stack
+    contains no user's code, the innermost position outside :func:`is_runtime` code is returned, or
+    -1 if all positions lie in such code.
 
     :param stack: the positions of a task, innermost first.
     :param package: the top-level module of the task's function.
@@ -183,7 +183,10 @@ def innermost_user_code(stack: Sequence[Position], package: str = "") -> tuple[i
 
 
 def _wait_of(callees: Sequence[Position]) -> str:
-    """Return the name of the function that a position has called and that waits; empty if none."""
+    """Return the name of the called function, and in parentheses of the function that waits.
+
+    :param callees: the positions below the caller, innermost first. If empty, the result is empty.
+    """
     callees = [each for each in callees if not _is_hub(each)] or list(callees[-1:])
     if not callees:
         return ""
@@ -200,7 +203,7 @@ def _is_hub(position: Position) -> bool:
 
 
 def _is_private(position: Position) -> bool:
-    """Return whether users do not know a function, such as ``Popen._try_wait``."""
+    """Return whether a function's name is private, such as ``Popen._try_wait``."""
     name = position.function.rpartition(".")[2]
     return name.startswith("_") and not name.endswith("__")
 
@@ -234,7 +237,7 @@ class HeapScan:
     """
 
     def __init__(self) -> None:
-        #: Greenlets by the id of the greenlet that spawned them. Only gevent records that.
+        #: Greenlets by the id of the greenlet that spawned them. Only gevent records the spawner.
         self._spawned: dict[int, list[object]] = {}
         #: asyncio tasks by the identifier of the thread or greenlet that runs their loop.
         self._tasks: dict[int, list[_Task]] = {}
@@ -250,7 +253,7 @@ class HeapScan:
         if not kinds:
             return
         for found in gc.get_objects():
-            # ``isinstance`` reads ``__class__``, which can run code of the host.
+            # ``isinstance`` would read ``__class__``, which can run code of the host.
             if not issubclass(type(found), kinds):
                 continue
             if hasattr(found, "get_coro"):
