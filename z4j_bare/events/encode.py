@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 #: Maximum characters of a traceback, as in the adapter's hooks.
 MAX_TRACEBACK_CHARS = 4096
 
-#: A captured record: its encoder (``None`` if the caller knows the encoder), event kind, timestamp
-#: (seconds since the epoch), task id, fields that all events of the task type share, and the fields
+#: A captured record: its encoder (``None`` if the caller has chosen one), event kind, timestamp
+#: (seconds since the epoch), task id, fields shared by all events of the task type, and the fields
 #: of this event.
 Record = tuple[Callable[[Any], bytes] | None, str, float, str, dict[str, Any], dict[str, Any]]
 
@@ -104,7 +104,7 @@ class Encoder:
         return data
 
     def _iso(self, timestamp: float) -> str:
-        # Formatting a datetime takes 1 us. Therefore the text of the current second is kept.
+        # Formatting a datetime takes 1 us. Therefore the text of the last second is cached.
         second = int(timestamp)
         if second != self._second:
             self._second = second

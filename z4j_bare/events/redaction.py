@@ -164,7 +164,7 @@ def _required_literal(pattern: str) -> str | None:
 
 
 def safe_name(name: str, matches: Callable[[str], bool]) -> str:
-    """Change a worker's name that the brain would redact.
+    """Return a worker's name, changed if the brain would redact the name.
 
     The brain would redact ``celery@web-1.example.com`` as an email address, and all such workers
     would have the name ``[REDACTED]``. Therefore underscores replace the dots of the host in such a
@@ -189,8 +189,8 @@ def value_matcher(adapter: object) -> Callable[[str], bool]:
 def merge_redaction(adapter: Any, config: Config) -> None:  # sets an attribute of a foreign object
     """Merge the operator's redaction settings into the adapter's settings.
 
-    Must be called before ``connect_signals``, because adapters copy their ``redaction`` there. An
-    attribute that is not a ``RedactionEngine`` is not changed.
+    Must be called before ``connect_signals``, because that method copies the adapter's attribute
+    ``redaction``. An attribute that is not a ``RedactionEngine`` is not changed.
 
     :raises RedactionConfigError: for an invalid pattern. The caller must then capture no events.
     """

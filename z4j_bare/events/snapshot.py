@@ -1,8 +1,8 @@
 """Copies task arguments and results, with limits on size and depth.
 
-A snapshot is taken while the host's task waits, and runs no code of the host. JSON types are copied
-by the methods of the built-in types. A few well-known types become text, and all other objects
-become the name of their class.
+The host's task waits for the snapshot. A snapshot runs no code of the host, except the ``tzinfo``
+of a date or time. JSON types are copied by the methods of the built-in types. A few well-known
+types become text, and all other objects become the name of their class.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TruncatedStr(str):
 
 
 class TypedStr(str):
-    """The text of a value of a well-known type. ``described`` is its ``repr``."""
+    """The text of a value of a well-known type. ``described`` is the value's ``repr``."""
 
     __slots__ = ("described",)
 
@@ -143,7 +143,7 @@ class _Copier:
                 return self.typed_text(value)
         except Exception as error:
             # The text of a datetime runs the code of its tzinfo. An error in one value must not
-            # cost the event, because the event also has the task's state.
+            # drop the event, because the event also reports the task's state.
             if is_control_flow(error):
                 raise
         return OpaqueStr(f"<{class_name(kind)}>")

@@ -95,8 +95,8 @@ class EventSource:
         """Return the engine and its known workers, as plain JSON types.
 
         ``worker`` is the worker that this process is; ``None`` if the process only observes
-        workers. ``queues`` are its queues, and ``running`` is the number of its running tasks;
-        ``None`` if it is unknown.
+        workers. ``queues`` are the worker's queues. ``running`` is the number of the worker's
+        running tasks; ``None`` if the number is unknown.
         """
         workers = list(self.presence.workers)
         return {

@@ -1,6 +1,6 @@
 """Counts the task events that the flush loop encodes, for ``z4j-bare metrics``.
 
-The encoders count on the flush loop's time. A signal handler counts nothing.
+The encoders count in the flush loop. The signal handlers count nothing.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class TaskCounts:
         #: The last failures, oldest first, without arguments and texts.
         self.failures: deque[TaskFailure] = deque(maxlen=MAX_FAILURES)
         self._cells: dict[Key, TaskCell] = {}
-        #: The events of dead processes. These cells are apart, because another thread counts them.
+        #: Counts of the events that report runs of dead processes. These cells are separate,
+        #: because another thread counts these events.
         self._reported: dict[Key, TaskCell] = {}
         self._names: set[str] = set()
         self._queues: set[str] = set()
@@ -201,7 +202,7 @@ class TaskCounts:
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Iterate over the counts of all cells as plain JSON types.
 
-        Two rows may have the same labels; their sum counts.
+        If two rows have the same labels, the reader must add their counts.
         """
         for cell in (*self._cells.values(), *self._reported.values()):
             yield cell.describe()

@@ -39,7 +39,7 @@ _TURNED_AWAY = (
 _BAD_SIGNATURE = "check Z4J_HMAC_SECRET (or Z4J_HMAC_SECRET_FILE): the brain rejected a signature"
 
 #: The lowest close code that the brain defines.
-#: WebSocket defines the codes from 1000, and lower codes are HTTP statuses.
+#: The WebSocket standard defines codes from 1000 on. Codes below 1000 are HTTP statuses.
 MIN_APPLICATION_CODE = 4000
 
 #: The close code of a session that another process with the same worker id has replaced.
@@ -82,7 +82,7 @@ _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
 }
 
 #: Close codes and HTTP statuses that the content of a single frame can cause.
-#: The brain sends them if it cannot process the frame, and a proxy if it rejects the frame.
+#: The brain sends them if it cannot process the frame. A proxy sends them to reject the frame.
 _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 
 #: Codes with which the brain rejects a signature in an established session.
@@ -150,7 +150,7 @@ def explain_limit(error: AgentError) -> AgentError:
 
 
 def may_be_poison(error: AgentError) -> bool:
-    """Whether a frame may be the cause of ``error``, and would cause it again if resent."""
+    """Whether a frame may have caused ``error``, and may cause the same error if it is resent."""
     return getattr(error, "code", None) in _MAY_BE_POISON
 
 

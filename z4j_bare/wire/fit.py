@@ -27,7 +27,7 @@ MAX_TASK_NAME_CHARS = 500
 #: Width in characters of the brain's columns for the names of queues and workers.
 MAX_NAME_CHARS = 200
 
-#: Maximum characters of a task id that fits with every engine. Engine names have up to 40.
+#: Maximum characters of a task id that fits with every engine name, of up to 40 characters.
 SHORT_ID_CHARS = ID_COLUMN_CHARS - 41
 
 #: Maximum number of remembered originals of changed texts. They take at most 16 MB.

@@ -34,7 +34,8 @@ MAX_EVENT_BYTES = 512 * 1024
 #: A summary replaces a larger result.
 MAX_RESULT_BYTES = 256 * 1024
 
-#: Fields of an event's data that a text with their size replaces in a large event, in this order.
+#: Fields of an event's data that are replaced by a text with their size, in this order, until a
+#: large event fits.
 TRUNCATION_ORDER = ("traceback", "result", "args", "kwargs", "exception_message", "reason")
 
 #: Maximum characters of a result's error text, as in z4j_core's model of the frame.

@@ -166,9 +166,9 @@ class Session:
     def _verify_incrementally(self, message: bytes, checkpoint: Callable[[], object]) -> Frame:
         """Verify the signature in small steps, and let z4j_core verify a small copy of the frame.
 
-        The copy omits the payload's JSON objects, which make up most of the frame. It is signed
-        again, so that z4j_core can check all other fields. Then the objects are added to z4j_core's
-        model.
+        The copy omits the payload's JSON objects, which make up most of the frame. The copy is
+        signed again, so that z4j_core can check all other fields. Then the objects are added to
+        z4j_core's model.
         """
         frame = loads_incrementally(message, checkpoint)
         # Read before the digest is computed, so that a missing key raises ``KeyError`` early.
