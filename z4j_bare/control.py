@@ -34,7 +34,7 @@ LOG, METRICS = "log", "metrics"
 #: Seconds to wait for the answer to a request.
 REQUEST_TIMEOUT = 2.0
 
-#: Maximum bytes of a socket path, including the terminating NUL, that every kernel accepts.
+#: Maximum bytes of a socket path that every kernel accepts, including the terminating NUL.
 _MAX_PATH_BYTES = 104
 
 #: The name of the framework adapter of a process without a framework.
@@ -121,8 +121,8 @@ def query(
     An agent that does not answer is reported with ``adapter``, ``pid`` and ``error`` only.
     Sockets and pid files of ended processes are removed.
 
-    :param apply: calls a function with each client, as ``map`` or as ``map`` of a thread pool,
-        which queries several agents at the same time.
+    :param apply: calls a function with each client: ``map``, or the ``map`` of a thread pool, with
+        which several agents are queried at the same time.
     """
     remove_stale_pidfiles()
     clients = [client for client in list_clients() if not _remove_if_stale(client)]
@@ -162,8 +162,8 @@ def pidfile_path(adapter_id: str) -> Path:
 def write_pidfile(adapter_id: str) -> Path:
     """Write a pid file for this process and return its path.
 
-    If the file of :func:`pidfile_path` belongs to another live process, the returned path contains
-    the pid of this process.
+    If the file of :func:`pidfile_path` belongs to another live process, a second file is
+    written, and the pid of this process is part of its name.
     """
     first = pidfile_path(adapter_id)
     path = first if _is_free(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
@@ -346,7 +346,7 @@ def _pidfiles(adapter_id: str) -> list[Path]:
 
 
 def _is_free(path: Path) -> bool:
-    """Return whether no live process occupies this pid file."""
+    """Return whether the pid in this file belongs to no live process."""
     return not is_alive(_read_pid(path))
 
 

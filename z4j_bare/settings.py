@@ -29,7 +29,7 @@ N = TypeVar("N", int, float)
 #: Length of the project's HMAC key, in bytes.
 KEY_BYTES = 32
 
-#: Matches a key in base64 whose alphabet has a slash, as a path has.
+#: Matches a key in standard base64. Such a key can contain slashes, so it can look like a path.
 _is_like_key = re.compile(r"[A-Za-z0-9+/]{43}=?").fullmatch
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -88,7 +88,7 @@ def _secret_file(name: str, text: str) -> Path:
 
 
 def _find_file(text: str) -> tuple[Path, str]:
-    """Return the path of a file, and the reason if the path does not lead to a file."""
+    """Return a path with ``~`` expanded, and the problem if the path does not lead to a file."""
     path = Path(text)
     try:
         path = path.expanduser()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Maximum number of workers that run calls without an event loop.
 #: The number equals the default of ``Z4J_COMMAND_WORKERS``.
-#: Executor calls of the loop have workers of their own, because the calls may hang.
+#: The loop's executor calls have separate workers, because executor calls may hang.
 CALL_WORKERS = 8
 #: Maximum timeout of one call in seconds.
 MAX_CALL_TIMEOUT = 3600.0
@@ -72,7 +72,7 @@ class Bridge:
         Raises ``TimeoutError`` after ``timeout`` seconds (at most :data:`MAX_CALL_TIMEOUT`),
         ``AgentError`` after :meth:`stop`, and every exception of the function. After a timeout, a
         coroutine on the loop is cancelled. A blocking function occupies its worker until the
-        function returns. A function that has not begun is never called.
+        function returns. A function that has not begun at the timeout is never called.
         """
         self._check_usable()
         description = _name(function)

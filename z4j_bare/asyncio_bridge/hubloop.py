@@ -41,8 +41,8 @@ MAX_WAIT = 1.0
 def _swap_task(loop: asyncio.AbstractEventLoop | None, task: object) -> object:
     """Set the current task of ``loop`` and return the previous one.
 
-    From CPython 3.14 on, the current task belongs to the OS thread, as the running loop does. A
-    thread with another current task enters no task of the loop ("Cannot enter into task"). Earlier
+    From CPython 3.14 on, the current task belongs to the OS thread, as the running loop does. While
+    another task is set, asyncio cannot enter a task of the loop ("Cannot enter into task"). Earlier
     versions store one current task per loop, so this function does nothing there.
 
     :param loop: the running loop of this thread; ``None`` if no loop is running.

@@ -1,4 +1,4 @@
-"""Runs coroutines that contain no ``await`` without an event loop, by one ``send``.
+"""Runs coroutines without an event loop, by one ``send``, if they contain no ``await``.
 
 Most coroutine functions of the adapters contain no ``await``, and some of them block. On an event
 loop, a blocking function would block the loop, and the host would see the running loop.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
 
-#: Opcodes that suspend a coroutine, from ``await``, ``async for`` and ``async with``.
+#: Opcodes of ``await``, ``async for`` and ``async with``, at which a coroutine can suspend.
 _SUSPENDING = frozenset(opmap[name] for name in ("GET_AWAITABLE", "SEND"))
 
 
@@ -71,7 +71,7 @@ def send(started: CoroutineType[Any, Any, Any]) -> Any:
 
 @coroutine
 def _continue(started: CoroutineType[Any, Any, Any], pending: object) -> Generator[Any, Any, Any]:
-    """Yield ``pending``, which ``started`` has yielded, and then the next items of ``started``."""
+    """Yield ``pending``, the first item of ``started``, and then all further items."""
     while True:
         try:
             resume = partial(started.send, (yield pending))

@@ -150,7 +150,7 @@ class WorkerPool:
     def _wait_for_job(self, wakeup: IEvent) -> None:
         wakeup.clear()
         self._idle.append(wakeup)
-        # Check again: a job that was submitted before this worker was idle did not wake the worker.
+        # Check again: a job that was submitted before the ``append`` did not wake this worker.
         if not self._jobs and not self._stopped:
             self._backend.wait(wakeup)
         try:
