@@ -1,6 +1,6 @@
 """The durable queue between event capture and sending, and the ledger of commands.
 
-``manager``, ``maintenance``, ``adopt_loop`` and ``memory`` run on the hub, and the other modules on
+``manager``, ``maintenance``, ``adopt_loop`` and ``memory`` run on the hub. The other modules run on
 the native thread. Code on the native thread never logs, sleeps, switches greenlets or takes a lock
 of ``threading``, and raises only ``LocalStorageError``. Only one call to a store may run at a time.
 

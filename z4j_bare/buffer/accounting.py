@@ -55,7 +55,7 @@ class Counts:
         self.lost[reason, kind] = self.lost.get((reason, kind), 0) + rows
 
     def import_losses(self, losses: Losses) -> None:
-        """Count another store's losses. ``produced`` grows too, because it includes lost rows."""
+        """Count another store's losses, also in ``produced``, which includes lost rows."""
         for (reason, kind), rows in losses.items():
             self.produced += rows
             self.record_loss(reason, kind, rows)

@@ -227,7 +227,7 @@ class AdoptLoop:
                     if outcome == MOVED:
                         failures = 0
                 except LocalStorageError as error:
-                    # The orphan stays claimed between retries. If it were released, another process
+                    # The orphan stays claimed between retries. After a release, another process
                     # could move the failed step's rows a second time.
                     failures += 1
                     ended = failures > MAX_RETRIES or self._quarantine(orphan, error)

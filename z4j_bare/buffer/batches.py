@@ -1,4 +1,4 @@
-"""Stores the events of one append in one table row, which is called a batch."""
+"""Stores the events of one append as one table row. Such a row is called a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Generator, Iterable, Sequence
 
-#: Maximum bytes of a batch, the same as for a frame with several events.
+#: Maximum bytes of a batch. The value equals the limit of a frame with several events.
 #: The native thread splits a batch into events when it reads the file.
 #: The split holds the interpreter's lock (GIL), so a larger batch would block the hub for longer.
 MAX_BATCH_BYTES = 128 * 1024
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         start = max(self.first, after + 1)
         payloads = self.payloads[start - self.first :]
         fields = zip(count(start), repeat(EVENT), repeat(""), payloads, repeat(self.at), repeat(0))
-        # ``map`` takes 0.1 us per event, because it runs no Python bytecode per event.
+        # ``map`` runs no Python bytecode per event, so it takes only 0.1 us per event.
         return list(map(tuple.__new__, repeat(BufferEntry), fields))
 
     def payload_bytes(self, start: int, last: int) -> int:
@@ -52,7 +52,7 @@ class Batch(NamedTuple):
 class Batches:
     """The batches of one store. A batch contains the events of one append in one table row.
 
-    A row for each event would take three times the CPU time, most of it in SQLite. Acks arrive in
+    One row for each event would take three times the CPU time, mostly in SQLite. Acks arrive in
     order, so one number records which events of the oldest batch were deleted. Any other change of
     an event (another attempt, a discard, an ack out of order) splits the batch into single rows of
     the ``entries`` table.

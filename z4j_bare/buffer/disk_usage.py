@@ -86,13 +86,13 @@ class DiskUsage:
         self._vacuum(self._free_pages())
 
     def _vacuum(self, pages: int) -> None:
-        # ``execute`` would free one page, because it runs one step of a statement that returns no
-        # rows. ``executescript`` runs all steps.
+        # ``execute`` runs only one step of a statement that returns no rows, so it would free only
+        # one page. ``executescript`` runs all steps.
         self._connection.executescript(f"PRAGMA incremental_vacuum({pages})")
 
     def _checkpoint(self) -> bool:
         """Copy the WAL into the main file and truncate the WAL.
 
-        Returns ``False`` if the WAL cannot be truncated, because another process reads it.
+        Returns ``False`` if another process reads the WAL, so that it cannot be truncated.
         """
         return scalar(self._connection, "PRAGMA wal_checkpoint(TRUNCATE)") == 0

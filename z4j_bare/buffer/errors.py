@@ -33,7 +33,7 @@ _BY_PRIMARY_CODE = {
 }
 #: Causes by SQLite's extended result code, for errors whose primary code is ``SQLITE_IOERR``.
 _BY_EXTENDED_CODE = {
-    # SQLite's code for EFBIG (size limit) and EDQUOT (quota). Its code for ENOSPC is SQLITE_FULL.
+    # SQLite's code for EFBIG (size limit) and EDQUOT (quota). SQLite reports ENOSPC as SQLITE_FULL.
     sqlite3.SQLITE_IOERR_WRITE: FULL,
     # The file was truncated: pages are missing at its end.
     sqlite3.SQLITE_IOERR_SHORT_READ: CORRUPT,

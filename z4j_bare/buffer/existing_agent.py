@@ -2,7 +2,7 @@
 
 The layout of a buffer file is known from files that z4j-bare 1.13.0 wrote. A file contains frames
 with whole events, and a digest of the project's key. A running process of that agent holds an
-exclusive ``flock`` on its file. A file with another layout is reported and not changed.
+exclusive ``flock`` on its buffer file. A file with another layout is reported and not changed.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def delete_existing_buffer(path: Path) -> None:
 class ExistingBuffer:
     """A buffer that a dead process of the existing agent has left.
 
-    The constructor locks the file. It raises ``LocalStorageError`` if the process runs (``busy``),
-    and if the file is not private, has another layout or belongs to another project.
+    The constructor locks the file. The constructor raises ``LocalStorageError`` if the process runs
+    (``busy``), and if the file is not private, has another layout or belongs to another project.
 
     A step appends events to the target before it deletes their rows. If this process dies
     between the two actions, the events are sent twice. The brain recognises a repeated event by its

@@ -77,7 +77,7 @@ def quarantine(path: Path, now: float) -> None:
 
 def create_file(path: Path) -> None:
     """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
-    # SQLite creates its log and index with the mode of this file.
+    # SQLite creates the log and its index with the mode of this file.
     # This function must run before SQLite opens the file, because closing any descriptor of the
     # file drops all record locks that the process has on the file.
     os.close(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: Seconds for which an entry counts as recent: five times the brain's timeout of a command.
-#: A store without rows is deleted when it is closed, unless its ledger has a recent entry.
+#: When a store without rows is closed, it is deleted, unless its ledger has a recent entry.
 RETENTION = 300.0
 
 _FIND = "SELECT key, state, result, at FROM ledger WHERE key = ?"

@@ -1,4 +1,4 @@
-"""The part of the buffer that runs on the hub: it calls the store on the native thread.
+"""The part of the buffer that runs on the hub, and calls the store on the native thread.
 
 While the disk does not work, a store in memory replaces the store on disk.
 """
@@ -61,9 +61,9 @@ class BufferManager:
     """The buffer as the agent's loops use it, on the hub.
 
     An operation makes one call on the native thread. Only :meth:`run_on_disk` raises errors of the
-    disk. While the disk is busy, the call is repeated. If the disk is full, the file is shrunk,
-    and if that frees too little, the oldest events are evicted. A corrupt file is quarantined, and
-    a deleted file is replaced. After any other error, or if the call fails again after such a
+    disk. While the disk is busy, the call is repeated. If the disk is full, the file is shrunk. If
+    shrinking frees too little space, the oldest events are evicted. A corrupt file is quarantined,
+    and a deleted file is replaced. After any other error, or if the call fails again after such a
     recovery, a store in memory is used.
 
     :param open_store: opens a new store on disk; runs on the native thread at the first operation.
@@ -144,9 +144,9 @@ class BufferManager:
         """Return the next results and the next events without deleting them.
 
         A query is ``(after, limit, kinds)``. Cached rows are returned without a call on the native
-        thread, unless the stats are too old or the deletion of acknowledged rows is overdue. If no
-        rows are left, a query for events makes the call anyway, to delete acknowledged rows or to
-        run a due vacuum step.
+        thread, unless the stats must be read again or the deletion of acknowledged rows is overdue.
+        If no rows are left, a query for events makes the call anyway, to delete acknowledged rows
+        or to run a due vacuum step.
         """
         now = self._backend.now()
         vacuum = not self._pending and self._vacuum.is_due(now)

@@ -126,7 +126,7 @@ class OpenRuns:
         self._deployment = deployment
         self._lock: OwnerLock | None = None
         #: The slots that were never used.
-        #: A slot is identified by its offset in the file; 0 means no slot.
+        #: The offset of a slot in the file identifies the slot; 0 means no slot.
         self._unused = iter(range(_SLOTS_OFFSET, FILE_BYTES, SLOT_BYTES))
         self._free: list[int] = []
         self._ended: deque[int] = deque()
@@ -146,7 +146,7 @@ class OpenRuns:
     # -- in the host's tasks
 
     def describe(self, engine: str, data: Mapping[str, object]) -> int:
-        """Store a description of some runs. Return its number, or -1 if it does not fit.
+        """Store a description of some runs. Return the new number, or -1 if there is no room.
 
         :param data: the fields that are equal in the ``data`` of all events of these runs.
         """
@@ -274,7 +274,8 @@ class OpenRuns:
     def close(self) -> None:
         """Delete the file if no run is open and every end is stored.
 
-        Otherwise the file stays locked until the process ends. Another agent then reports its runs.
+        In all other cases the file stays locked until the process ends. Then another agent reports
+        the runs in the file.
         """
         if self._lock is not None and not self._ended and not self._any_open():
             self._lock.release(delete=True)
@@ -346,7 +347,8 @@ class OrphanRuns:
     def release(self, *, delete: bool) -> None:
         """Unlock the file.
 
-        :param delete: whether to delete the file too, because the events of its runs are stored.
+        :param delete: whether to delete the file as well, because the events of its runs are
+            stored.
         """
         self._lock.release(delete=delete)
 

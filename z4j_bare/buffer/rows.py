@@ -17,7 +17,8 @@ PROJECTION = "projection"
 
 #: Kinds in the order of eviction: the kind whose loss has the smallest effect comes first.
 #: A lost event is missing from a task's history. A lost result makes a command time out.
-#: A lost frame invalidates a whole schedule projection, because its frames are numbered.
+#: A lost frame of a schedule projection invalidates the whole projection, because the frames are
+#: numbered.
 EVICTION_ORDER = (EVENT, RESULT, PROJECTION)
 KINDS = frozenset(EVICTION_ORDER)
 
@@ -34,7 +35,7 @@ DONE = "done"
 #: The effect of the command failed. A later claim may start the command again.
 FAILED = "failed"
 #: Another process started the command.
-#: The result is sent by that process, or by the process that adopts its store.
+#: That process, or the process that adopts its store, sends the result.
 IN_OTHER_PROCESS = "elsewhere"
 
 #: Maximum number of commands in the ledger. The brain redelivers a command for one minute.

@@ -27,7 +27,8 @@ APPLICATION_ID = 0x7A346762
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         # The store assigns the ids and keeps the next id in ``meta``.
-        # AUTOINCREMENT would write a counter for each row, which takes a fifth of an append's time.
+        # AUTOINCREMENT would write a counter for each row. These writes take a fifth of an append's
+        # time.
         """CREATE TABLE entries (
             id INTEGER PRIMARY KEY,
             kind TEXT NOT NULL,

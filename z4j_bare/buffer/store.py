@@ -77,8 +77,8 @@ class BufferStore:
         WAL gets the rest. A sixteenth of the tables' share is for results in the ledger. If the
         files exceed ``max_bytes`` because another process reads the WAL, ``append`` raises an
         error.
-    :param deployment: the deployment id. A store of another deployment is refused, because its rows
-        must not reach this brain.
+    :param deployment: the deployment id. A store of another deployment is refused, because the rows
+        of such a store must not reach this brain.
     :param busy_timeout: seconds to wait for a locked file.
     :param create: whether to create a missing file; ``False`` to adopt a store.
     """
@@ -126,7 +126,7 @@ class BufferStore:
         """Commit ``(kind, key, payload)`` rows in one transaction; return how many rows were lost.
 
         If the store exceeds a cap, the oldest events are evicted, and then the oldest rows of other
-        kinds. A row counts as lost if it is larger than the tables' share of the bytes. A new event
+        kinds. A row that is larger than the tables' share of the bytes counts as lost. A new event
         counts as lost if rows of other kinds fill the store.
         """
         reject_unknown_kinds(rows)
@@ -331,7 +331,8 @@ class BufferStore:
 
         :param ledger_transferred: whether another store has imported the ledger entries.
         """
-        # A forked child must not close its parent's connection, because this could delete the WAL.
+        # A forked child must not close its parent's connection, because closing could delete the
+        # WAL.
         if self.closed:
             return
         self._closed = True

@@ -1,4 +1,4 @@
-"""Opens the store on disk and runs operations on it, on the native thread.
+"""Opens the store on disk and runs the store's operations, on the native thread.
 
 No function logs or takes a patched lock.
 """
