@@ -32,7 +32,7 @@ logger = logging.getLogger("z4j.runtime.engines.host")
 CONNECT_TIMEOUT = 30.0
 
 #: Names of the adapters' attributes that hold an ``asyncio.Queue``.
-#: An adapter creates its queues once, and a queue binds to the first loop that waits for an item.
+#: An adapter creates these queues once. A queue belongs to the first loop that waits for an item.
 _QUEUES = ("_event_queue", "_registry_delta_queue")
 
 
@@ -134,7 +134,7 @@ class EngineHost:
         """Return ``<engine>.<key>`` entries for the heartbeat within ``timeout`` seconds.
 
         A failed check returns the entry ``<engine>.error``. A check may continue after the timeout:
-        the check of Celery's adapter takes 10 s if its worker does not reply. Until that check
+        the check of Celery's adapter takes 10 s if the worker does not reply. Until that check
         ends, calls return the entries of the previous check.
         """
         if not hasattr(self.adapter, "get_health"):
@@ -226,8 +226,8 @@ class EngineHost:
 def supported_kwargs(method: Callable[..., object], keywords: dict[str, Any]) -> dict[str, Any]:
     """Return the keywords that ``method`` accepts, or all keywords if its signature is unknown.
 
-    The signature is inspected, because a trial call with too many keywords is not safe: it may run
-    the action before it raises ``TypeError``.
+    The signature is inspected, because a trial call with an unknown keyword is not safe: the call
+    may run the action before it raises ``TypeError``.
     """
     try:
         parameters = inspect.signature(method).parameters

@@ -104,7 +104,7 @@ class EngineManager:
     def current_task(self) -> str:
         """Return ``name[id]`` of the task that runs on the hub now; empty if no task runs.
 
-        A native thread may call this. It uses no lock.
+        A native thread may call this method, because it uses no lock.
         """
         return next(filter(None, (source.current_task() for source in self.sources)), "")
 

@@ -1,6 +1,6 @@
 """The event source of RQ. Its hooks wrap methods that run while the worker is busy.
 
-z4j_rq's own hook, which wraps ``execute_job``, is not installed, because it can prevent a stop.
+z4j_rq's own hook wraps ``execute_job``. That hook is not installed, because it can prevent a stop.
 On SIGTERM or SIGINT, an idle RQ worker raises ``StopRequested``, an ordinary ``Exception``.
 The worker becomes idle before ``execute_job`` returns, so the hook can catch this exception.
 In this case the worker does not stop, and a successful job is reported as failed.
@@ -55,8 +55,8 @@ class RqEngine(Engine):
         """Return why the adapter cannot retry a job safely; empty if it can.
 
         Versions before 1.6.7 unpickle the job.
-        This can run foreign code, because the pickle may come from anyone who can write to Redis.
-        If the version is unknown, the signature of ``retry_task`` decides.
+        Unpickling can run foreign code, because the pickle may come from anyone who can write to
+        Redis. If the version is unknown, the signature of ``retry_task`` decides.
         """
         distribution, number = adapter_version(self.adapter)
         if number:
@@ -181,8 +181,8 @@ def _hook_points() -> Iterator[tuple[type, str, Callable[[Job], str]]]:
 def _status_in_redis(job: Job) -> str:
     """Return the status that the work horse wrote to Redis.
 
-    A job that is no longer in Redis has finished, because RQ deletes a finished job whose result it
-    does not keep.
+    RQ deletes a finished job whose result is not kept. Therefore a job that is no longer in Redis
+    has finished.
     """
     from rq.exceptions import InvalidJobOperation
 

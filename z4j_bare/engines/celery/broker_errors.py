@@ -118,8 +118,8 @@ def _explain_network(error: BaseException, address: str) -> tuple[str, str]:
 class RefusalHint(logging.Filter):
     """Logs the fix after Celery has logged that the broker refuses the worker.
 
-    Celery repeats its line for ever, up to a hundred times a second. While a worker starts, its
-    agent cannot report the cause to the brain: the agent starts when the worker is ready.
+    Celery repeats its log line for ever, up to a hundred times a second. The agent cannot report
+    the cause to the brain, because it starts only when the worker is ready.
 
     :param app: the worker's application.
     """

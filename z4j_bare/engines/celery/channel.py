@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: Size of the pipe in bytes.
-#: The pipe holds 1,024 messages of 1 KB, which a fast worker sends in one second.
+#: The pipe holds 1,024 messages of 1 KB. A fast worker sends this number in one second.
 PIPE_BYTES = 1024 * 1024
 
 #: Sizes of the pipe in bytes that are tried if the kernel refuses :data:`PIPE_BYTES`.
@@ -62,8 +62,8 @@ _MAX_PARTS = 0xFFFF
 _PIPE, _COUNTERS = "pipe", "counters"
 
 #: Maximum number of children, and of reported starts, that the reader remembers.
-#: A start that is still in its slot must be remembered, or it would be reported twice. There are
-#: :data:`LOSS_SLOTS` slots.
+#: A start that is still in its slot must be remembered. A forgotten start would be reported twice.
+#: There are :data:`LOSS_SLOTS` slots.
 _MAX_REMEMBERED = 2 * LOSS_SLOTS
 
 #: States of the agent in :class:`SharedCounters`.
@@ -207,7 +207,7 @@ class ChannelWriter:
             self._send_start(self._take_kept())
 
     def _take_kept(self) -> bytes:
-        """Remove the oldest kept start and return it; empty if another thread has taken it."""
+        """Remove and return the oldest kept start; empty if another thread has taken the start."""
         try:
             return self._kept.pop(0)
         except IndexError:
@@ -282,7 +282,7 @@ class ChannelReader:
 
     @property
     def keeping(self) -> bool:
-        """Whether :meth:`kept_starts` has found a start that it has not returned yet."""
+        """Whether :meth:`kept_starts` has found a start and not returned the start yet."""
         return any(number not in self._taken for number in self._kept)
 
     def kept_starts(self) -> list[tuple[int, bytes]]:
@@ -379,7 +379,7 @@ def _remember(remembered: dict[int, int], key: int, value: int) -> None:
 
 
 class Channel:
-    """A pipe, its counters and the kept starts. The parent makes them before it starts children.
+    """A pipe with counters and kept starts. The parent makes the channel before it starts children.
 
     :param directory: the directory to make for a named pipe and the counters' file. Children that
         are not forked open both by name. ``None`` if the children are forked and inherit both.

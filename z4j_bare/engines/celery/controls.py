@@ -1,8 +1,8 @@
 """Worker controls that report what the worker did, not only that a command was sent.
 
-The adapter broadcasts a command and reports success, even if the worker does not exist or its pool
-does not support the command. These controls report the worker's reply, and verify the effect where
-it is visible.
+The adapter broadcasts a command and reports success, even if the worker does not exist or the
+worker's pool does not support the command. These controls report the worker's reply, and verify the
+effect where it is visible.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class CeleryControls:
         return CommandOutcome.success(facts)
 
     def cancel_task(self, task_id: str, *, seconds: float) -> CommandOutcome:
-        """Revoke a task on all workers, and terminate it where it runs."""
+        """Revoke a task on all workers. If the task runs, terminate the run."""
         deadline = self._deadline(seconds)
         if _runs_in_this_solo_worker(task_id):  # it would read "revoke" after the task
             raise CommandError(_not_supported("solo", _CANNOT_CANCEL))
@@ -220,7 +220,7 @@ class CeleryControls:
 
         Return the replies of the workers that accept the command, by node name, and the errors of
         the workers that refuse it, by alias.
-        A worker refuses a command for a task that it does not know.
+        A worker refuses a command for a task that is not registered in the worker.
 
         :raises CommandError: if every worker refuses the command, or no worker replies.
         """
@@ -253,8 +253,8 @@ class CeleryControls:
         """Revoke a task whose id is a UUID, and return whether a worker has terminated it.
 
         kombu keeps the type of an id, so a worker does not find such a task by the id's text.
-        An error reply can mean that the task was terminated: after terminating it, the worker fails
-        to join the ids as text (Celery 5.7).
+        An error reply can mean that the task was terminated: after the termination, the worker
+        fails to join the ids as text (Celery 5.7).
         """
         if task_id is None:
             return False

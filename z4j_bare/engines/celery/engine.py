@@ -48,7 +48,7 @@ class CeleryEngine(Engine):
     def make_probes(self, consumer: Consumer | None) -> list[HealthProbe]:
         """Return the checks of the broker and of the workers.
 
-        They replace the adapter's ``get_health``, which reports wrong values (see the module
+        The adapter's ``get_health`` is not used: it reports wrong values (see the module
         ``broker_health``) and can hang a child (see :func:`broker_connection`).
         """
         from z4j_bare.engines.celery.broker_health import BrokerProbe, ConsumerWatch, queue_names
@@ -125,11 +125,11 @@ class CeleryEngine(Engine):
 
 
 def broker_connection(app: Celery, *, reading: bool = False) -> Connection:
-    """Return a new connection to the broker. It is not open, and is not part of the app's pool.
+    """Return a new connection to the broker, not open, and not part of the app's pool.
 
     A connection of the pool is not safe in a process that forks. A child closes the pool that it
-    inherits, and reads replies to this process from the shared socket. If this process reads a
-    reply first, the child waits for it for ever (kombu 5.6 and 5.7, prefork).
+    inherits, and reads replies to this process from the shared socket. If this process reads such a
+    reply first, the child waits for ever (kombu 5.6 and 5.7, prefork).
 
     Call :func:`open_connection` to get an error if the broker is down. Without that call, the first
     use of the connection retries until the broker is available.

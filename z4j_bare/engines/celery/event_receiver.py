@@ -1,7 +1,7 @@
 """Receives Celery's own events from the broker, in a process outside a worker.
 
-Such a process is the standalone agent, a web process or a script.
-Celery's signals do not fire in it.
+Such a process is the standalone agent, a web process or a script. Celery's signals do not fire in
+such a process.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def patched_late() -> bool:
 class EventReceiver:
     """Reads the event exchange of a Celery app.
 
-    :param on_event: called with each decoded event. If it raises, the event counts as unreadable.
-    :param on_tick: called after each wait for events. It must neither wait nor raise.
+    :param on_event: called with each decoded event. If the call raises, the event counts as
+        unreadable.
+    :param on_tick: called after each wait for events. The call must neither wait nor raise.
     """
 
     name = "z4j-celery-events"
@@ -187,8 +188,8 @@ class EventReceiver:
                 raise
             return False
         if self._messages == before:
-            # The transport may return many times in a row without a message, which would block the
-            # hub.
+            # The transport may return many times in a row without a message. Without a sleep, these
+            # returns would block the hub.
             self._backend.sleep(SLICE_SECONDS)
         return True
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from z4j_bare.events.ring import Captured, Put
     from z4j_bare.interfaces import IOpenRuns
 
-#: Kombu's ``driver_type`` of the brokers that deliver a message again if its worker dies.
+#: Kombu's ``driver_type`` of the brokers that deliver a message again if the worker dies.
 REDELIVERING = frozenset({"amqp", "redis", "sqs"})
 
 _OUTCOMES = {
@@ -64,7 +64,7 @@ class KeptRuns:
         runs.enable()
 
     def put(self, record: Captured) -> None:
-        """Append a record to the ring, and store the start or end of a run that it reports."""
+        """Append a record to the ring. If it reports a run's start or end, store that as well."""
         self._put(record)
         head = record[0]
         if head == self._encoder.started:
@@ -80,7 +80,7 @@ class KeptRuns:
         """Store the start of a run. If the task's previous run is open, store its end first.
 
         :param at: time of the start, in seconds since the epoch.
-        :param task: the Celery task; ``None`` if it is not registered in this process.
+        :param task: the Celery task; ``None`` if the task is not registered in this process.
         """
         if task_state.slot:
             self.runs.end(task_state.slot, RUN_ENDED, at)

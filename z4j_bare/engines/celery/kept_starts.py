@@ -51,7 +51,7 @@ class KeptStarts:
         return {number: slot for slot, number in enumerate(numbers) if number}
 
     def message(self, slot: int, number: int) -> tuple[int, bytes] | None:
-        """Return the pid and the message of a slot; ``None`` if it has another number now."""
+        """Return the pid and the message of a slot; ``None`` if the slot has another number now."""
         first = slot * _SLOT_BYTES
         data = bytes(self._messages[first : first + _SLOT_BYTES])
         if self._numbers[slot] != number:

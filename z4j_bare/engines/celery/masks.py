@@ -26,7 +26,7 @@ _MAY_BE_CUT = range(1000, 1200)
 
 
 def shown_args(args: list[Any], text: object, is_sensitive_key: Callable[[str], bool]) -> list[Any]:
-    """Return ``args``, or the parsed ``text`` if it differs from ``args``.
+    """Return ``args``, or the parsed ``text`` if the text differs from ``args``.
 
     :param args: a snapshot of the positional arguments.
     :param text: ``argsrepr`` of the message that carries the arguments.
@@ -40,7 +40,7 @@ def shown_args(args: list[Any], text: object, is_sensitive_key: Callable[[str], 
 def shown_kwargs(
     kwargs: dict[str, Any], text: object, is_sensitive_key: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """Return ``kwargs``, or the parsed ``text`` if it differs; see :func:`shown_args`."""
+    """Return ``kwargs``, or the parsed ``text`` if the text differs; see :func:`shown_args`."""
     if not hides(kwargs, text):
         return kwargs
     parsed = parse(str(text), is_sensitive_key)

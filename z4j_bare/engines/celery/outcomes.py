@@ -15,8 +15,8 @@ from z4j_bare.events.snapshot import class_name, snapshot
 #: Maximum characters of a traceback that are captured. The encoder sends the first 4,096.
 CAPTURED_TRACEBACK_CHARS = 5120
 
-#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``.
-#: In the process of such a run, no other signal reports the end.
+#: The states of ``task_postrun`` for a run that raised ``Ignore`` or ``Reject``. No other signal in
+#: the run's process reports the end of such a run.
 IGNORED, REJECTED_STATE = "IGNORED", "REJECTED"
 
 #: The key of a run that is neither a retry nor a replacement.
@@ -79,7 +79,7 @@ def revoked_fields(terminated: object, signum: object, expired: object) -> dict[
 def end_without_signal(
     state: str | None, raised: object, *, acks_late: bool
 ) -> tuple[str, dict[str, Any]] | None:
-    """Return the kind and the fields of the event for a run whose end has no signal of its own.
+    """Return kind and fields of the last event of a run, if no other signal reports the run's end.
 
     Such a run raised ``Ignore``, ``Reject``, or an exception that is not an ``Exception``, such as
     ``SystemExit`` or ``gevent.Timeout``.
@@ -108,7 +108,7 @@ def end_without_signal(
 def is_kill(error: BaseException) -> bool:
     """Whether ``error`` is the ``GreenletExit`` that ends a killed greenlet.
 
-    No event is needed in this case, because ``task_revoked`` reports a task that an operator
+    A killed greenlet needs no event, because ``task_revoked`` reports a task that an operator
     terminates.
     """
     return any(base.__name__ == "GreenletExit" for base in type(error).__mro__)
@@ -185,9 +185,10 @@ def mark_reported(error: BaseException | None, task_id: str) -> None:
 def is_reported(error: BaseException | None, task_id: str) -> bool:
     """Whether ``error``, or an exception in its chain of ``__context__``, is marked as reported.
 
-    Celery can send two signals for one failure. After ``task_internal_error``, it tries to store
-    the failure, and sends ``task_failure`` if that succeeds, else ``task_internal_error`` again.
-    The mark is an attribute of the exception, so the agent need not store the ids of ended tasks.
+    Celery can send two signals for one failure. After ``task_internal_error``, Celery tries to
+    store the failure. It then sends ``task_failure``, or ``task_internal_error`` again if storing
+    fails. The mark is an attribute of the exception, so the agent need not store the ids of ended
+    tasks.
     """
     for _ in range(_MAX_CONTEXT):
         if error is None:
@@ -199,7 +200,7 @@ def is_reported(error: BaseException | None, task_id: str) -> bool:
 
 
 def _read(error: object, name: str) -> Any:
-    """Return an attribute, or ``None`` if it is missing or the class's code to read it fails."""
+    """Return an attribute; ``None`` if it is missing, or if code of the class fails to read it."""
     try:
         return getattr(error, name, None)
     except Exception:

@@ -195,7 +195,7 @@ def decode_note(message: bytes) -> Note:
 
 
 class Prefork:
-    """Holds a prefork worker's channel, and connects the handlers of its children.
+    """Holds a prefork worker's channel, and connects the handlers of the worker's children.
 
     Each process has one object, :data:`prefork`.
 

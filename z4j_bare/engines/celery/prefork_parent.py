@@ -119,9 +119,9 @@ class OrderedNotes:
 class ParentArrivals(SignalHandlers):
     """The parent's handlers of the signals about arriving messages: received, rejected, unknown.
 
-    A task's first arrival precedes all other events of the task, so its record goes directly to the
-    ring. The record of a later arrival goes to :class:`OrderedNotes`, because the children's
-    earlier messages must be handled first.
+    A task's first arrival precedes all other events of the task, so the record of the first arrival
+    goes directly to the ring. The record of a later arrival goes to :class:`OrderedNotes`, because
+    the children's earlier messages must be handled first.
     """
 
     signals = ("task_received", "task_rejected", "task_unknown")
@@ -195,7 +195,7 @@ class Run:
 
 
 class PreforkCapture:
-    """Captures the events of a prefork worker in its parent.
+    """Captures the events of a prefork worker in the parent process.
 
     :param put: ``Ring.put``.
     :param runs: ``Ring.runs``, which stores the open runs of all children; if ``None``, they are

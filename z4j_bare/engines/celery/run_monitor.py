@@ -23,7 +23,7 @@ INTERVAL = 5.0
 CHECK_EVERY = 6
 
 #: A task is counted if its start is not captured within this many seconds after the pool accepts
-#: it.
+#: the task.
 START_TIMEOUT = 60.0
 
 _CAUSES = {

@@ -1,4 +1,4 @@
-"""Lists the tasks that a Celery worker runs, and where each of them is in the code.
+"""Lists the tasks that a Celery worker runs, and the position of each task in the code.
 
 The agent imports this module when the first client asks for the list.
 """

@@ -199,7 +199,7 @@ class SignalHandlers:
             signal.disconnect(handler)
 
     def _put_rare(self, record: Captured) -> None:
-        """Put a record into the ring, and store the start or end of a run that it reports.
+        """Put a record into the ring. If it reports the start or end of a run, store that as well.
 
         The handlers that run for every task do not use this method, because a call costs time.
         """

@@ -18,7 +18,7 @@ RECEIVED, STARTED, SUCCEEDED = "task.received", "task.started", "task.succeeded"
 FAILED, RETRIED, REVOKED, REJECTED = "task.failed", "task.retried", "task.revoked", "task.rejected"
 
 #: Maximum number of task states.
-#: If another worker finishes a task, the task's state stays here until it is evicted.
+#: If another worker finishes a task, the task's state stays in this process until it is evicted.
 MAX_TASKS = 20_000
 
 #: Maximum seconds by which a timestamp is moved ahead of the clock to get an unused second.
@@ -179,8 +179,9 @@ class TaskState:
 class Attempt:
     """Data that distinguishes one run of a task from another run with the same id.
 
-    A run may be received before the previous run has ended: after ``retry(countdown=0)`` in another
-    thread, or after ``self.replace()``, which changes the task's name and queue.
+    A run may be received before the previous run has ended. This happens after
+    ``retry(countdown=0)`` in another thread, and after ``self.replace()``. ``replace`` changes the
+    task's name and queue.
     """
 
     __slots__ = (

@@ -42,7 +42,7 @@ class Runtime(Protocol):
 class WorkerStart:
     """The handlers of the signals that Celery sends while a worker starts.
 
-    A worker is recognised by ``worker_init``, its first signal, which no other process sends.
+    A worker is recognised by its first signal, ``worker_init``. No other process sends this signal.
     The command line does not suffice: it does not show a worker that ``app.worker_main()`` started.
 
     :param start: starts a runtime.

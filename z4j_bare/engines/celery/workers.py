@@ -109,8 +109,8 @@ class WorkerRegistry:
         """Process a ``worker-online`` event, and make ``enable_events`` due again.
 
         A worker sends this event when it starts, and also when its events are enabled.
-        In the second case its queues are unchanged, so the known queues are kept until the worker
-        reports them again.
+        In the second case the worker's queues are unchanged. Therefore the known queues are kept
+        until the worker reports its queues again.
         """
         if self.touch(hostname) is not None:
             worker = self._workers[hostname]
