@@ -37,8 +37,9 @@ def new_ids() -> Callable[[], str]:
     """Return a function that returns a new UUID (version 4) at each call.
 
     ``uuid4`` is not used, because it takes more time than the rest of an event's envelope. Instead,
-    the first ten bytes are random, and the last twelve digits are a counter. The counter starts
-    with twelve digits, so it needs no padding. At 1,000 events a second it lasts for 28 years.
+    the first ten bytes are random, and the last twelve digits are a counter. The counter starts at
+    a number of twelve digits, so it needs no padding. At 1,000 events a second the counter lasts
+    for 28 years.
     """
     prefix, numbers = str(uuid4())[:24], count(100_000_000_000)
     return lambda: f"{prefix}{next(numbers)}"
@@ -118,7 +119,7 @@ _SCRUBBED = ("args", "kwargs", "result", "exception_message", "traceback", "reas
 
 
 def _c_encode(encoder: json.JSONEncoder) -> Callable[[object], str]:
-    """Return a function that does the same as ``encoder.encode`` in half the time.
+    """Return a function that works like ``encoder.encode`` and takes half the time.
 
     ``encode`` creates a C encoder at each call. The returned function uses one C encoder.
     """

@@ -15,7 +15,7 @@ MAX_NAME_CHARS = 200
 
 
 class LossLog:
-    """Logs the first loss of each kind. A kind is a failed step and the class of the error."""
+    """Logs the first loss of each kind. A kind is a step that failed and an error's class."""
 
     def __init__(self, on_loss: Callable[[], object] = int) -> None:
         self._on_loss = on_loss

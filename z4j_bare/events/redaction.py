@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from z4j_core.models import Config
 
 #: Maximum number of results in the cache for keys and in the cache for values.
-#: Many tasks have the same keys and short values.
+#: A cache helps, because many tasks have the same keys and short values.
 CACHE_SIZE = 4096
 
 #: Maximum characters of a string whose result is cached.
@@ -52,7 +52,7 @@ _REQUIRED_LITERALS = {
 
 
 class Redactor:
-    """Does the same as ``RedactionEngine.scrub`` for plain JSON values, but much faster.
+    """Works like ``RedactionEngine.scrub`` for plain JSON values, but takes much less time.
 
     A property test compares the two. The margin of a :class:`TruncatedStr` is searched for secrets
     and then cut off.
@@ -123,7 +123,7 @@ class Redactor:
 
 
 class ValueMatcher:
-    """Does the same as ``RedactionEngine.value_matches``, but much faster for ASCII text.
+    """Works like ``RedactionEngine.value_matches``, but takes much less time for ASCII text.
 
     The engine searches for all patterns with one regular expression: 510 us for 1 KB of text and
     3,640 us for 8 KB. The matcher first searches for the literals of the patterns: 13 us for 1 KB

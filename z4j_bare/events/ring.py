@@ -22,15 +22,15 @@ Put = Callable[[Captured], None]
 class Ring:
     """A bounded queue. A full queue drops its oldest event and counts the loss.
 
-    :param threshold: number of events at which the flush loop is woken before the end of its
-        interval.
+    :param threshold: number of events at which the flush loop is woken before its interval ends.
     :param wake: wakes the flush loop. The first event after :meth:`arm_wakeup` also sets ``wake``.
-        Without this, an idle flush loop would poll, which takes 1 ms of CPU time a second.
+        Without this wake-up, an idle flush loop would have to poll. Polling takes 1 ms of CPU time
+        a second.
     """
 
     def __init__(self, limit: int, threshold: int, wake: IEvent) -> None:
         self.wake = wake
-        #: If set, keeps the open runs of the tasks whose events are appended.
+        #: The open runs of the tasks whose events are appended; ``None`` if they are not kept.
         self.runs: IOpenRuns | None = None
         #: Counts the events when they are encoded.
         self.counts = TaskCounts()

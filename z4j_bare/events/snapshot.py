@@ -23,8 +23,8 @@ MAX_CHARS = 16 * 1024
 #: Maximum number of values in one snapshot, including containers.
 MAX_NODES = 500
 
-#: Number of characters that a truncated string keeps beyond its limit, so that redaction finds a
-#: secret that crosses the limit.
+#: Number of characters that a truncated string keeps beyond its limit. With these characters,
+#: redaction finds a secret that crosses the limit.
 MARGIN = 1024
 
 #: Maximum nesting depth. The name of the type replaces a deeper container.
@@ -48,7 +48,7 @@ _AS_TEXT = (
 )
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
-#: The attributes of every class, which a metaclass may redefine.
+#: The descriptors of these attributes in ``type``. A metaclass may redefine the attributes.
 _MODULE, _QUALNAME = type.__dict__["__module__"], type.__dict__["__qualname__"]
 
 
@@ -94,7 +94,7 @@ class OpaqueStr(str):
 
 
 def class_name(kind: type) -> str:
-    """Return the module and the name of a class without running code of its metaclass."""
+    """Return the module and the name of a class. Runs no code of the class's metaclass."""
     name: str = _QUALNAME.__get__(kind)
     try:
         module = _MODULE.__get__(kind)
@@ -124,7 +124,7 @@ class _Copier:
         self.nodes -= 1
         if value is None or value is True or value is False:
             return value
-        # isinstance() is not used, because it reads value.__class__, which may run the host's code.
+        # isinstance() is not used, because it reads value.__class__. This may run the host's code.
         kind = type(value)
         try:
             if issubclass(kind, enum.Enum):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from z4j_bare.concurrency import BaseConcurrency
     from z4j_bare.settings import Settings
 
-#: A background loop: its name, and a function that runs until its argument is set.
+#: A background loop: a name, and a function that runs until the event in its argument is set.
 Loop = tuple[str, Callable[[IEvent], None]]
 
 
@@ -70,7 +70,7 @@ class EventSource:
         return 0
 
     def unheard(self) -> int:
-        """Return how many tasks certainly started although no event reported their start."""
+        """Return how many tasks started without an event that reported the start."""
         return 0
 
     def current_task(self) -> str:

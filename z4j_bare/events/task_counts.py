@@ -176,7 +176,7 @@ class TaskCounts:
         )
 
     def encode_model(self, captured: tuple[Any, Event]) -> bytes:
-        """Count an event that was captured as a z4j_core model, and return its bytes."""
+        """Count an event that was captured as a z4j_core model, and return the event's bytes."""
         event = captured[1]
         kind, data = event.kind.value, event.data
         if kind in KINDS or kind == "task.failed":
