@@ -1,4 +1,4 @@
-"""The base class of the backends. It runs tasks, measures their steps and detects forks."""
+"""The base class of the backends, which run tasks, measure the tasks' steps and detect forks."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class CooperativeLock:
 class StepTimer:
     """Counts the steps of the agent's tasks, and records the longest step in seconds.
 
-    The timer measures wall time, which includes the time of other processes on a busy machine. The
-    test suite uses a stricter timer.
+    The timer measures wall time. On a busy machine, wall time includes the time of other processes.
+    The test suite uses a stricter timer.
     """
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ class BaseConcurrency:
     def timer(
         self, seconds: float, function: Callable[[], object], *, once: bool = False
     ) -> Callable[[], object] | None:
-        """If there is a hub, make it call ``function()`` every ``seconds`` seconds."""
+        """Make the hub call ``function()`` every ``seconds`` seconds; do nothing without a hub."""
         del seconds, function, once
         return None
 

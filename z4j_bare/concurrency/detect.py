@@ -16,7 +16,8 @@ from z4j_bare.errors import HostConfigurationError
 CHOICES = ("auto", "threads", "gevent", "eventlet")
 
 #: Module and class of each backend.
-#: :func:`build` imports only the chosen module, because the module of a library imports it.
+#: :func:`build` imports only the chosen module, because the modules of gevent and eventlet import
+#: these libraries.
 _BACKENDS = {
     "threads": ("z4j_bare.concurrency.threads", "ThreadsConcurrency"),
     "gevent": ("z4j_bare.concurrency.gevent", "GeventConcurrency"),

@@ -66,8 +66,9 @@ class Event:
         if _native_ident() == self._thread:
             self._release()
         elif self._hub is not None:
-            # This is safe on another native thread, because it only appends to a list of the hub.
-            # It does not wake the hub, because only the hub's own thread can do that.
+            # This call is safe on another native thread, because it only appends to a list of the
+            # hub. The call does not wake the hub, because only the hub's own thread can wake the
+            # hub.
             self._hub.schedule_call_global(0, self._release)
 
     def _release(self) -> None:

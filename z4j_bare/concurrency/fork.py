@@ -11,7 +11,7 @@ from importlib import _bootstrap
 from typing import Protocol, TypeVar, TypeVarTuple
 
 if hasattr(os, "register_at_fork"):
-    # Native threads must not call eventlet's ``os.open``, because it creates a hub in the calling
+    # Native threads must not call eventlet's ``os.open``, which creates a hub in the calling
     # thread. When such a thread ends, greenlet searches the whole heap for references to the hub.
     # The search blocks the main thread for 20 to 70 ms.
     from posix import open as open_file
@@ -87,7 +87,7 @@ class ForkGuard:
     SQLite does not reset its mutexes in a child. Of 200 children that were forked while another
     thread opened and closed databases, 33 deadlocked at their first use of SQLite.
 
-    :param make_lock: returns a lock. It must be unpatched, because no greenlet may run while the
+    :param make_lock: returns a lock. The lock is unpatched, because no greenlet may run while the
         fork hook waits.
     """
 
@@ -131,8 +131,8 @@ class ImportForkGuard:
     """Makes ``os.fork`` wait for imports on the agent's native threads.
 
     After a fork during an import, the child has a half-initialised module and an import lock that
-    no thread releases. An import of that module in the child deadlocks. The imports of kombu's
-    transport and of redis alone take 0.1 s.
+    no thread releases. If the child imports that module, the child deadlocks. The imports of
+    kombu's transport and of redis alone take 0.1 s.
     """
 
     def __init__(self) -> None:

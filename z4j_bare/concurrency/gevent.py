@@ -33,8 +33,8 @@ class GeventConcurrency(BaseConcurrency):
     """Runs each task in a greenlet on the hub, and offloaded functions in one native thread.
 
     The hub belongs to the thread that starts the agent. The native thread belongs to a pool of the
-    agent. The hub's pool of ten threads is not used, because that pool resolves host names, and a
-    hung disk must not occupy its threads.
+    agent. The hub's pool of ten threads is not used. That pool resolves host names, and a hung disk
+    must not occupy the threads of that pool.
     """
 
     name = "gevent"

@@ -101,7 +101,7 @@ def read_stack(frame: FrameType | None) -> list[Position]:
 
 
 def read_coroutine(coroutine: object) -> list[Position]:
-    """Return the positions of a suspended coroutine and of what it awaits, innermost first."""
+    """Return the positions of a suspended coroutine and of its awaited objects, innermost first."""
     positions: list[Position] = []
     while coroutine is not None and len(positions) < MAX_FRAMES:
         for frame, awaited in (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom")):
@@ -140,7 +140,7 @@ def is_library(position: Position) -> bool:
 
 
 def is_runtime(position: Position) -> bool:
-    """Return whether a position lies in Celery, in a hub, or in code that starts their threads."""
+    """Return whether a position lies in Celery, in a hub, or in code that starts threads."""
     return position.module.partition(".")[0] in RUNTIME_PACKAGES or position.module in (
         "concurrent.futures.thread",
         "threading",
@@ -232,8 +232,8 @@ class _Task(Protocol):
 class HeapScan:
     """Finds the greenlets and asyncio tasks of the process.
 
-    No registry contains all of them. ``run`` traverses the objects of the garbage collector, which
-    takes about 30 ms for a million objects. Therefore ``run`` must be called off the hub.
+    No registry contains all of these objects. ``run`` traverses the objects of the garbage
+    collector. A million objects take about 30 ms, so ``run`` must be called off the hub.
     """
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
 
-#: Seconds that a ``Date`` header is behind on average, because it has no fraction of a second.
+#: Average delay of a ``Date`` header in seconds. The header omits the fraction of the second.
 _DATE_FRACTION = 0.5
 
 

@@ -141,8 +141,8 @@ def explain_signature_error(error: RemoteError, clock_offset: float | None) -> R
 def explain_limit(error: AgentError) -> AgentError:
     """Return ``error``, or an error that names the limit if the code of ``error`` is 4429.
 
-    ``error`` must have ended an established session, because before ``hello_ack`` this code means
-    too many connections a minute.
+    ``error`` must have ended an established session, because before ``hello_ack`` the code 4429
+    means too many connections a minute.
     """
     if isinstance(error, SessionLimitError) and error.code == LIMIT_REACHED:
         return TurnedAwayError(_TURNED_AWAY, code=error.code, retry_after=error.retry_after)

@@ -14,7 +14,7 @@ RESERVED_PREFIX = "__z4j_"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command whose signature is verified. The methods check its parameters.
+    """A command whose signature is verified. The methods check the command's parameters.
 
     ``deadline`` is in monotonic seconds. The brain ignores a result that arrives after the
     deadline. The methods raise ``CommandError`` for a parameter of the wrong type or value.
@@ -104,7 +104,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class CommandOutcome:
-    """How a command ended; ``status`` is ``success`` or ``failed``."""
+    """The outcome of a command; ``status`` is ``success`` or ``failed``."""
 
     status: str
     result: dict[str, Any] | None = None

@@ -57,7 +57,7 @@ _NAME_FIELDS = {
 fitted: Counter[str] = Counter()
 
 #: Maps each changed text to its original text.
-#: The value is ``None`` if several originals became the same text, or for a very long original.
+#: The original is ``None`` if it is very long, or if several originals became the same text.
 _originals: dict[str, str | None] = {}
 
 _HASH_CHARS = 32
@@ -75,7 +75,7 @@ def max_id_chars(engine: str) -> int:
 
 def has_nul(encoded: str) -> bool:
     """Whether a JSON text contains NUL in a value or a key."""
-    # The search for one character comes first, because it takes 20 ns.
+    # The search for one character takes 20 ns, so it comes first.
     # The search for six characters takes 170 ns.
     return "\\" in encoded and "\\u0000" in encoded and _ESCAPED_NUL.search(encoded) is not None
 

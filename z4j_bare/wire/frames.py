@@ -147,9 +147,9 @@ def encode_fields(fields: dict[str, Any], *, trusted: bool = False) -> bytes:
 def shrink_event(fields: dict[str, Any], limit: int) -> bytes:
     """Return the event, truncated to at most ``limit`` bytes.
 
-    One field of ``TRUNCATION_ORDER`` after the other is replaced by a text that states its size,
-    until the event fits. An event that never fits keeps only task name, queue and worker in its
-    data.
+    The fields of ``TRUNCATION_ORDER`` are replaced one by one, until the event fits. The
+    replacement states the size of the field. If the event still does not fit, its data keep only
+    task name, queue and worker.
     """
     data = dict(fields.get("data") or {})
     encoded = b""
@@ -215,8 +215,8 @@ def command_result(
 def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, Any]:
     """Return a summary of a result that cannot be sent: its numeric values and the reason ``why``.
 
-    The command's status does not change. If a successful command were reported as failed, it would
-    be repeated, and the brain would disable the schedule that issued the command.
+    The command's status does not change. If a successful command were reported as failed, the
+    command would be repeated, and the brain would disable the schedule that issued the command.
     """
     items = (
         item
@@ -229,7 +229,7 @@ def summarise_result(result: Mapping[str, Any] | None, why: str) -> dict[str, An
 
 
 def shrink_result(payload: bytes) -> Iterator[bytes]:
-    """Yield smaller and smaller versions of a result.
+    """Yield versions of a result, each smaller than the previous one.
 
     First the error text is shortened. Then a summary replaces the result. Then the values of the
     summary are removed.
@@ -304,7 +304,7 @@ def heartbeat(
 
 
 def shrink_heartbeat(payload: bytes) -> Iterator[bytes]:
-    """Yield smaller and smaller versions of a heartbeat, with less health data each time."""
+    """Yield versions of a heartbeat, each with less health data than the previous one."""
     beat: dict[str, Any] = json.loads(payload)
     health: dict[str, Any] = beat.get("adapter_health") or {}
     for dropped in DROPPABLE_WORKER_KEYS:

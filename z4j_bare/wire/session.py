@@ -134,9 +134,9 @@ class Session:
         return b'{"hmac":"%b",%b%b%b' % (digest.hexdigest().encode(), envelope, seq, tail)
 
     def verify(self, message: bytes, checkpoint: Callable[[], object] | None = None) -> Frame:
-        """Verify an incoming frame and return z4j_core's model of it.
+        """Verify an incoming frame and return z4j_core's model of the frame.
 
-        If the agent processes frames of this type, the frame's fields are validated as well. Raises
+        The fields of a frame that the agent processes are validated as well. Raises
         only ``RemoteProtocolError``.
 
         :param checkpoint: called every few microseconds during the verification of a large message,

@@ -29,8 +29,8 @@ MIN_EVENTS = 50
 SLOW_ACK = 2.5
 
 #: Seconds without an ack after which the first empty frame is sent behind the frames in flight.
-#: The delay is below the 3 s after which a brain on PostgreSQL skips a frame that waits for another
-#: frame of the same token.
+#: A brain on PostgreSQL skips a frame that waits more than 3 s for another frame of the same token.
+#: The delay is shorter.
 PROBE_DELAY_INITIAL = 2.5
 
 #: Factor by which the delay grows from one empty frame to the next.
@@ -149,13 +149,13 @@ class SkippedFrames:
         return sum(frame.events for frame in self._frames.values())
 
     def add(self, frames: dict[str, InFlight], now: float) -> None:
-        """Add frames that were skipped: a later frame was acknowledged at ``now``."""
+        """Add frames that were skipped, because a later frame was acknowledged at ``now``."""
         if not self._frames:
             self.resend_at = now + self._delay.next()
         self._frames.update(frames)
 
     def acked(self, frame: str) -> InFlight | None:
-        """Remove and return a frame whose ack arrived late; ``None`` if it is not skipped."""
+        """Remove and return a frame whose ack arrived late; ``None`` for a frame not skipped."""
         found = self._frames.pop(frame, None)
         if not self._frames:
             self.resend_at = float("inf")
@@ -178,10 +178,10 @@ class Window:
     temporarily. Therefore a frame counts as skipped when a later frame is acknowledged first. The
     rows of skipped frames are sent again after a short random delay, before any other events.
 
-    If an ack is late, an empty frame is sent behind the frames in flight. Its ack proves that the
-    brain has skipped those frames. Without this proof the brain may still process the frames, so
-    their rows are sent again only in the next session, or after ``ACK_DEADLINE`` seconds without
-    any ack.
+    If an ack is late, an empty frame is sent behind the frames in flight. The empty frame's ack
+    proves that the brain has skipped those frames. Without this proof the brain may still process
+    the frames. Then their rows are sent again only in the next session, or after ``ACK_DEADLINE``
+    seconds without any ack.
 
     :param random: returns a float in [0, 1).
     """
