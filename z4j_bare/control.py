@@ -168,7 +168,7 @@ def write_pidfile(adapter_id: str) -> Path:
     first = pidfile_path(adapter_id)
     path = first if _is_free(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
     temporary = path.with_name(f"{path.name}.{token_hex(6)}.tmp")
-    # Mode "x" never follows a symlink, which another user with write access may have created.
+    # Another user with write access may have created a symlink. Mode "x" never follows a symlink.
     with open(temporary, "x", encoding="ascii", opener=partial(open_file, mode=0o600)) as file:
         file.write(f"{os.getpid()}\n")
     temporary.replace(path)
@@ -297,7 +297,7 @@ class _SighupHandler:
 @contextmanager
 def _connected(path: Path, timeout: float) -> Iterator[socket]:
     # The C class is never patched.
-    # A patched socket would switch greenlets, which a signal handler must not do.
+    # A patched socket would switch greenlets. A signal handler must not switch greenlets.
     import _socket
 
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
@@ -328,7 +328,8 @@ def _query(
 def _remove_if_stale(client: ControlClient) -> bool:
     """Remove a socket that no process serves; return whether it was removed.
 
-    Must not wait, because it runs on a native thread, and a fork of the host waits for that thread.
+    Must not wait. The function runs on a native thread, and a fork of the host waits for that
+    thread.
     """
     try:
         with _connected(client.path, 0.0):

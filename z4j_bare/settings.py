@@ -148,7 +148,7 @@ class Settings:
     #: PEM bundle of certificate authorities.
     #: By default ``REQUESTS_CA_BUNDLE`` or ``SSL_CERT_FILE`` is used.
     ca_bundle: Path | None = setting("Z4J_CA_BUNDLE", _existing_file, None)
-    #: Client certificate (PEM). It must include the key if ``Z4J_CLIENT_KEY`` is not set.
+    #: Client certificate (PEM). The file must include the key if ``Z4J_CLIENT_KEY`` is not set.
     client_cert: Path | None = setting("Z4J_CLIENT_CERT", _existing_file, None)
     #: Private key of the client certificate (PEM).
     client_key: Path | None = setting("Z4J_CLIENT_KEY", _existing_file, None)
@@ -156,10 +156,10 @@ class Settings:
     capture_args: bool = setting("Z4J_CAPTURE_ARGS", _bool, True)
     #: Send the results of tasks.
     capture_result: bool = setting("Z4J_CAPTURE_RESULT", _bool, True)
-    #: Maximum time that a worker gets to finish its running tasks before a restart.
+    #: Maximum time allowed before a restart for finishing the running tasks.
     restart_grace: float = setting("Z4J_RESTART_GRACE_SECONDS", _seconds, 30.0, 0)
     #: In a Celery worker with gevent, replace kombu's unpatched sleep when the worker starts.
-    #: Otherwise no task runs while Celery waits to reconnect to the broker.
+    #: With the unpatched sleep, no task runs while Celery waits to reconnect to the broker.
     green_kombu: bool = setting("Z4J_GREEN_KOMBU", _bool, False)
     #: Interval at which all schedules are sent, even if none has changed. 0 disables it.
     schedule_resync: float = setting("Z4J_SCHEDULE_RESYNC_SECONDS", _seconds, 900.0, 0)
@@ -254,8 +254,8 @@ def deployment_id(config: Config, key: bytes) -> str:
     """Return the id of the project and brain to which the rows of a store belong.
 
     Only an agent of the same deployment sends the rows. The id has two parts: a hash of project and
-    key, and a hash of project and brain address. Ids with one equal part are of the same
-    deployment, so that the key or the address can change.
+    key, and a hash of project and brain address. If one part of two ids is equal, the ids are of
+    the same deployment. Therefore the key or the address can change.
     """
     parts = key, str(config.brain_url).rstrip("/").encode()
     return " ".join(

@@ -37,7 +37,7 @@ class Bridge:
     """Calls an adapter's synchronous and asynchronous functions from greenlets and threads.
 
     Synchronous functions and coroutines without an ``await`` run on persistent workers without an
-    event loop. A coroutine that awaits runs as a task of the :class:`HubLoop`, which is created
+    event loop. A coroutine that awaits runs as a task of the :class:`HubLoop`. The loop is created
     when it is first needed. A step of the loop must not call this class, because the step would
     wait for its own loop.
     """

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class CallFuture:
-    """The result of one call. A worker or a loop step sets it, and a task waits for it."""
+    """The result of one call. A worker or a loop step sets the result, and a task waits for it."""
 
     def __init__(self, backend: BaseConcurrency) -> None:
         self._backend = backend
@@ -51,7 +51,7 @@ class CallFuture:
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return ``error``, or an ``AgentError`` in place of an error that a loop must not raise.
+    """Return ``error``, or an ``AgentError`` that replaces an error that a loop must not raise.
 
     A ``SystemExit`` in an eager task would end ``run_forever``. The ``Timeout`` or ``GreenletExit``
     of a greenlet library would end the agent's loop that made the call. An asyncio future does not

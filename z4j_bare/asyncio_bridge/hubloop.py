@@ -53,7 +53,7 @@ def _swap_task(loop: asyncio.AbstractEventLoop | None, task: object) -> object:
 
 
 class StepScopedSelector(selectors.BaseSelector):
-    """A cooperative selector that unsets the thread's running loop during its waits.
+    """A cooperative selector. During its waits, the thread has no running loop.
 
     asyncio records the running loop per OS thread, and all greenlets of a hub share one thread. If
     a loop stayed recorded during its waits, every ``asyncio.run()`` of the host would fail, and
