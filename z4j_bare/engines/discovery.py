@@ -1,4 +1,4 @@
-"""Discovers an engine's tasks. Their definitions become items of a ``registry_delta`` frame."""
+"""Discovers an engine's tasks. The definitions become items of a ``registry_delta`` frame."""
 
 from __future__ import annotations
 

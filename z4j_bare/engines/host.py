@@ -205,8 +205,8 @@ class EngineHost:
     def _unbind_queues(self) -> None:
         """Unbind the adapter's queues from the loop of an earlier agent or of the parent process.
 
-        Each queue's list of waiting getters is also emptied, because the first item would wake a
-        getter of the old loop instead of the new loop's getter.
+        Each queue's list of waiting getters is also emptied. If a getter of the old loop stayed,
+        the first item would wake this getter instead of the new loop's getter.
         """
         for name in _QUEUES:
             queue = getattr(self.adapter, name, None)

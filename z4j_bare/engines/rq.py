@@ -3,8 +3,8 @@
 z4j_rq's own hook wraps ``execute_job``. That hook is not installed, because it can prevent a stop.
 On SIGTERM or SIGINT, an idle RQ worker raises ``StopRequested``, an ordinary ``Exception``.
 The worker becomes idle before ``execute_job`` returns, so the hook can catch this exception.
-In this case the worker does not stop, and a successful job is reported as failed.
-In a ``SimpleWorker``, which overrides ``execute_job``, z4j_rq's hook never runs.
+If the hook catches the exception, the worker does not stop, and a successful job is reported as
+failed. In a ``SimpleWorker``, which overrides ``execute_job``, z4j_rq's hook never runs.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class RqEngine(Engine):
 def _release(number: str) -> tuple[int, ...]:
     """Return the release numbers of a version: ``(1, 6, 7)`` for ``1.6.7rc1``.
 
-    The result is empty if the version does not start with a number. Such a version counts as old.
+    The result is empty if the version does not start with a number. Such a version counts as too
+    old.
     """
     found = re.match(r"v?(\d{1,9}(?:\.\d{1,9})*)", number.strip())
     return tuple(map(int, found.group(1).split("."))) if found else ()

@@ -1,4 +1,4 @@
-"""Checks whether Celery's broker is reachable, and measures the depths of its queues.
+"""Checks whether Celery's broker is reachable, and measures the depths of the queues.
 
 The adapter's ``get_health`` is not used: its ``broker_connected`` stays true while the broker is
 down, and its ``queue_depths`` are empty on both Redis and AMQP.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_QUEUES = 100
 
 #: Seconds after which a request of a probe fails. A probe with a broken connection makes up to
-#: three requests, so it can take three times as long before it reports that the broker is back.
+#: three requests. Short requests let the probe report soon that the broker is back.
 MAX_WAIT = 2.0
 
 #: Seconds by which a reply of Redis may be late before :class:`BrokerProbe` checks the broker.

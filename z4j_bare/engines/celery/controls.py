@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from z4j_bare.concurrency import BaseConcurrency
 
-#: A command ends this many seconds before the caller's timeout, to have time to report an error.
+#: Seconds by which a command ends before the caller's timeout. The time serves to report an error.
 RESERVE = 0.5
 
 #: Maximum seconds to wait until the first process of a restarted pool has been replaced.

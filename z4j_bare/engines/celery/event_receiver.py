@@ -37,7 +37,8 @@ BACKOFF_INITIAL = 0.5
 #: Maximum seconds from a repeated failure to the next attempt.
 BACKOFF_MAX = 15.0
 
-#: Seconds after which a connection counts as stable, so that its failure starts a new back-off.
+#: Seconds after which a connection counts as stable. The failure of a stable connection starts a
+#: new back-off.
 STABLE_SECONDS = 60.0
 
 #: Seconds without an event after which a connection that has delivered events is renewed.

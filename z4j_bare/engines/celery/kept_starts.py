@@ -21,7 +21,7 @@ class KeptStarts:
 
     A number is unique among the messages of all children, and 0 marks an empty slot.
     A child writes the message first, and then the number in one write of 8 bytes.
-    So the parent sees a whole message or none, even if the child is killed.
+    Therefore the parent sees a whole message or none, even if the child is killed.
 
     :param slots: number of slots.
     """

@@ -2,7 +2,7 @@
 
 A message contains the arguments and, for logs and monitors, their texts ``argsrepr`` and
 ``kwargsrepr``. If a text differs from the arguments, the author has replaced the text to hide the
-arguments, so only the text is reported.
+arguments. In this case only the text is reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_TEXT = 1024
 MAX_LEVELS = 3
 
 #: Lengths, in characters, of texts that Celery may have cut.
-#: Such a text is not compared with the result of ``repr``, because ``repr`` never cuts.
+#: Such a text is not compared with the result of ``repr``, because ``repr`` never cuts a text.
 _MAY_BE_CUT = range(1000, 1200)
 
 

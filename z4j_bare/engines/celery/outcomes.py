@@ -1,6 +1,6 @@
 """Derives the kind and the fields of a run's last event from the arguments of Celery's signals.
 
-The functions use no object of the agent, so they also work in a child of a prefork worker.
+The functions use no object of the agent. Therefore they also work in a child of a prefork worker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Captures task events in a prefork worker's children, and sends the records to the parent.
 
 A child may be forked before the settings and the redaction are known.
-So the child sends unredacted values, and the parent does the sampling, redaction and encoding.
+Therefore the child sends unredacted values, and the parent samples, redacts and encodes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _NotedRuns(RepeatedRuns):
 
 
 class NoteHandlers(SignalHandlers):
-    """Handlers that use no task states and no ``@z4j_meta``; the parent adds both to the notes."""
+    """Handlers that use no task states and no ``@z4j_meta``. The parent adds both to each note."""
 
     def __init__(self, put: Put, on_loss: Callable[[], object] = int) -> None:
         super().__init__(put, Codes, TaskTypes(lambda _task: None), on_loss=on_loss)
@@ -110,7 +110,8 @@ class ChildCapture(NoteHandlers):
         super().__init__(self._send, self._writer.count_lost)
         #: The key of the run of the current signal; ``None`` for a task's first run.
         self._key: RunKey | None = None
-        #: Id and key of the run that started last, so that its end need not read ``task.request``.
+        #: Id and key of the run that started last. Thus the end of the run need not read
+        #: ``task.request``.
         self._last_run: tuple[str, RunKey | None] = ("", None)
         self._counters = channel.counters
 

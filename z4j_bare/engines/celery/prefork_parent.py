@@ -87,9 +87,9 @@ _MARK = Struct("<Q")
 class OrderedNotes:
     """Keeps the records of the parent's handlers in order with the children's messages.
 
-    Each record waits in a queue, and a mark with its number is written to the channel. The reader
-    handles the record when it reads the mark. If the pipe is full, no mark is written, and the
-    record is handled at the next mark or when the channel is empty.
+    Each record waits in a queue, and a mark with the record's number is written to the channel.
+    When the reader reads the mark, it handles the record. If the pipe is full, no mark is written.
+    Then the record is handled at the next mark, or when the channel is empty.
     """
 
     def __init__(self, writer: ChannelWriter) -> None:
@@ -372,7 +372,7 @@ def _precedes(record: Captured, message: bytes) -> bool:
 
 
 class Runs:
-    """Turns notes into records for the ring, and keeps track of the runs in the children."""
+    """Turns the children's notes into records for the ring, and stores the open runs."""
 
     def __init__(
         self,

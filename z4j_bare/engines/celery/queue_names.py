@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_ROUTES = 4096
 
 #: Removes the 28 bits that kombu's native delayed delivery puts before the original routing key.
-#: Messages that wait for a countdown in RabbitMQ's quorum queues have such a key.
+#: A message that waits for a countdown in one of RabbitMQ's quorum queues has such a key.
 _strip_delay = partial(re.compile(r"^(?:[01]\.){28}").sub, "", count=1)
 
 

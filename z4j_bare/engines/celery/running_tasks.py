@@ -1,6 +1,6 @@
 """Lists the tasks that a Celery worker runs, and the position of each task in the code.
 
-The agent imports this module when the first client asks for the list.
+The agent imports this module at the first request for the list.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Captures task events with handlers of the Celery signals that fire in this process.
 
 With the pools gevent, eventlet, threads and solo, all task signals fire in the worker's process. A
-handler copies a few values, appends a record to the ring and returns. Reading the events from the
-broker instead would take 30 % of the CPU time of a loaded worker.
+handler copies a few values, appends a record to the ring and returns. Events are not read from the
+broker, because this would take 30 % of the CPU time of a loaded worker.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ _HANDLERS = {
 
 
 def _counted(handler: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a handler so that its error is counted as a lost event and does not reach Celery.
+    """Decorate a handler: count its error as a lost event, and keep the error away from Celery.
 
     The wrapper needs ``**kwargs``, because Celery's ``Signal.connect`` reads the flags of the
     wrapper's code object, not the signature that ``wraps`` copies.

@@ -58,7 +58,7 @@ class CelerySource(EventSource):
         self._capture: CeleryCapture | PreforkCapture
         args, result = settings.capture_args, settings.capture_result
         if consumer is not None and not runs_in_process(consumer):
-            # The module is imported here, because only a prefork worker needs it.
+            # The module is imported here, because only a prefork worker needs the module.
             from z4j_bare.engines.celery.prefork_parent import PreforkCapture
 
             self._capture = self._children = PreforkCapture(

@@ -1,8 +1,8 @@
 """Encodes the records of the signal handlers as JSON events, in the flush loop.
 
 A line of code takes three times as long in a signal handler as in this module, because the
-handler's code and data are not in the CPU cache. So a handler records only values that may change,
-and the flush loop encodes up to 256 records in a row.
+handler's code and data are not in the CPU cache. Therefore a handler records only values that may
+change. The flush loop encodes up to 256 records in a row.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class TaskType:
 
 #: Maps each kind of event that a task may repeat to an attribute of :class:`TaskState`.
 #: The attribute contains the last second that was used by an event of the kind.
-#: Attributes are used, because a dictionary in each state would slow down the garbage collector.
+#: A dictionary in each state would slow down the garbage collector, so attributes are used.
 _SECONDS = {RECEIVED: "received", STARTED: "started", RETRIED: "retried", REJECTED: "rejected"}
 
 
@@ -152,9 +152,9 @@ class TaskState:
     def _late_timestamp(self, now: float, slot: str | None) -> float:
         """Return the timestamp of an event that comes after the next run was received.
 
-        The timestamp lies before the events of the next run, because an event with a later
-        timestamp would overwrite the next run's state in the brain.
-        An event of a kind that a task may repeat gets a second that none of these runs has used.
+        The timestamp lies before the events of the next run. In the brain, an event with a later
+        timestamp would overwrite the next run's state. An event of a kind that a task may repeat
+        gets a second that none of these runs has used.
         """
         newer = list(self.since())
         received = (each.attempt.received_at for each in newer[1:] if each.attempt is not None)

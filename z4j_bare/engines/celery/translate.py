@@ -251,7 +251,8 @@ class Translator:
     def _timestamp(self, event: CeleryEvent) -> float:
         """Return the event's timestamp, or the current time if the timestamp is unusable.
 
-        The event's timestamp is preferred, so that all agents that read the event report one time.
+        The event's timestamp is preferred, so that all agents that read the event report the same
+        time.
         """
         timestamp, now = event.get("timestamp"), self._clock()
         if (

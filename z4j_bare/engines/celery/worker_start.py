@@ -98,8 +98,8 @@ class WorkerStart:
 
         The handlers of ``worker_ready`` are connected in this order: first the handlers of
         z4j_celery and of the application, at their import; then the handlers of this method; last
-        the handler of :meth:`Prefork.open`, which stops the children's messages if no agent is
-        installed.
+        the handler of :meth:`Prefork.open`. That last handler stops the children's messages if no
+        agent is installed.
         """
         if _is_program(sender):
             mark_celery_worker()

@@ -45,7 +45,7 @@ MAX_NAME_CHARS = 4096
 
 
 class Worker:
-    """A worker. ``label`` is its name in the brain, and ``queues`` are the queues it reported."""
+    """A worker. ``label`` is its name in the brain. ``queues`` are the queues that it reported."""
 
     __slots__ = ("due", "enabled_count", "label", "last_seen", "queues")
 
@@ -70,7 +70,7 @@ class WorkerRegistry:
 
     Only one background task calls the methods.
     The registry sends its requests in another background task, one at a time.
-    So a broker that does not reply delays neither the events nor the agent's stop.
+    Therefore a broker that does not reply delays neither the events nor the agent's stop.
 
     :param only_hostname: the one worker whose events are reported; ``None`` for all workers.
     """
@@ -174,7 +174,7 @@ class WorkerRegistry:
         if hostnames is None and self._only_hostname is not None:
             hostnames = [self._only_hostname]
         try:
-            # The queues are requested first, so that they are known when the first event arrives.
+            # Request the queues first, so that they are known when the first event arrives.
             for step in (self._request_queues, self._enable_events):
                 self._backend.call_blocking(self._send_request, step, hostnames)
         finally:
