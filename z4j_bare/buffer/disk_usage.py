@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: Maximum number of pages that one ``vacuum_step`` releases to the file system (2 MiB).
 VACUUM_STEP_PAGES = 512
-#: Number of free pages that stay in the file for the next burst of events.
+#: Number of free pages that remain in the file for the next events.
 SPARE_PAGES = 64
 
 #: Estimated bytes of a row without its payload: key, kind, header and index entry.

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 PREFIX = "buffer-"
 
-#: Kind of the rows that contain events. Other rows are not sent: the deadlines of command results
-#: have passed, and the next agent publishes schedules again.
+#: Kind of the rows that contain events. Rows of other kinds are not sent, because the deadlines of
+#: command results have passed, and the next agent publishes the schedules again.
 EVENT_KIND = "event_batch"
 
 #: A file is not touched until this many seconds after its last change. The existing agent creates a

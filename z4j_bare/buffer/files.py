@@ -78,8 +78,8 @@ def quarantine(path: Path, now: float) -> None:
 def create_file(path: Path) -> None:
     """Create an empty file with mode 0600; raise ``OSError`` if ``path`` exists, even as a link."""
     # SQLite creates the log and its index with the mode of this file.
-    # This function must run before SQLite opens the file, because closing any descriptor of the
-    # file drops all record locks that the process has on the file.
+    # Closing any descriptor of a file drops all record locks of the process on the file. Therefore
+    # this function must run before SQLite opens the file.
     os.close(
         open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     )

@@ -14,7 +14,7 @@ RETRY_INITIAL = 5.0
 RETRY_MAX = 300.0
 
 #: Maximum seconds between an ack and the deletion of its rows.
-#: The deletion waits for another call to the store, because a separate call would take 1 ms.
+#: The deletion waits for another call to the store, because a separate call for it would take 1 ms.
 MAX_DEFER_SECONDS = 2.0
 
 #: Seconds between vacuum steps of an idle store.

@@ -9,8 +9,7 @@ one queue. A slot also keeps the end of a run until the event of the end is stor
 contains task ids, names and queues, but no arguments, results or messages.
 
 The process holds a POSIX record lock on the file until the process ends or deletes the file.
-Therefore a run that is still open when the agent stops is reported only after the end of the
-process.
+Therefore a run that is open when the agent stops is reported only after the end of the process.
 """
 
 from __future__ import annotations

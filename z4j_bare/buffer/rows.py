@@ -65,7 +65,7 @@ class BufferEntry(NamedTuple):
     attempts: int
 
 
-#: Getters of an entry's fields for ``map``, because ``map`` takes a fraction of a loop's time.
+#: Getters of an entry's fields, for use with ``map``, which takes a fraction of a loop's time.
 KIND, PAYLOAD = (itemgetter(BufferEntry._fields.index(name)) for name in ("kind", "payload"))
 
 

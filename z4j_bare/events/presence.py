@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: Seconds between announcements.
 INTERVAL = 60.0
 
-#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``, because the brain
-#: may have deleted the previous ``worker.online`` with other old events.
+#: Every fifth announcement is ``worker.online`` instead of ``worker.heartbeat``. The brain deletes
+#: old events, and may have deleted the previous ``worker.online``.
 ONLINE_EVERY = 5
 
 

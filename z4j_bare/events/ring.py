@@ -11,8 +11,8 @@ from z4j_bare.events.task_counts import TaskCounts
 from z4j_bare.interfaces import IEvent, IOpenRuns
 
 #: A captured event: a tuple whose first item is the function that encodes the tuple to bytes.
-#: The tuple is flat, because the garbage collector visits each container in the ring, and a full
-#: collection already stops a large worker for 40 ms.
+#: The tuple is flat, because the garbage collector visits each container in the ring. A full
+#: collection stops a large worker for 40 ms even without these visits.
 Captured = tuple[Any, ...]
 
 #: The type of ``Ring.put``.

@@ -1,8 +1,8 @@
 """Sanitises and encodes values as canonical JSON; parses and encodes large values in small steps.
 
 To check a signature, the brain parses the frame and encodes it again. If the new encoding differs
-in one byte, the check fails (close code 4403). Some values even crash the brain's parser (close
-code 1011). Therefore every value is converted to plain JSON types before signing. NUL is replaced,
+in one byte, the check fails (close code 4403). Some values crash the brain's parser (close code
+1011). Therefore every value is converted to plain JSON types before signing. NUL is replaced,
 because the brain's database rejects NUL.
 """
 

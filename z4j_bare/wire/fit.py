@@ -108,7 +108,7 @@ def fit_name(name: str, limit: int = MAX_NAME_CHARS) -> str:
 
 
 def original(shown: str) -> str | None:
-    """Return the original of ``shown``, an id or a name that the brain has.
+    """Return the original of ``shown``, which is an id or a name from the brain.
 
     Returns ``None`` for a changed text whose original is not known: another process sent the text,
     the original was forgotten, or several originals became the same text.

@@ -90,8 +90,8 @@ def parse_hello_ack(message: bytes) -> HelloAck:
 class Session:
     """Signs outgoing frames and verifies incoming frames.
 
-    The transport's send lock must be held from ``sign`` until the frame is written, because the
-    brain rejects frames whose sequence numbers are out of order.
+    The brain rejects frames whose sequence numbers are out of order. Therefore the transport's send
+    lock must be held from the call of ``sign`` until the frame is written.
 
     :param secret: the project's key, at least 32 raw bytes.
     """
@@ -171,7 +171,8 @@ class Session:
         z4j_core's model.
         """
         frame = loads_incrementally(message, checkpoint)
-        # Read before the digest is computed, so that a missing key raises ``KeyError`` early.
+        # Read both values before the digest is computed, so that a missing key raises ``KeyError``
+        # early.
         signature, payload = frame["hmac"], frame["payload"]
         if not hmac.compare_digest(self._digest(frame, checkpoint), signature):
             raise SignatureError("the signature of a large frame does not match")

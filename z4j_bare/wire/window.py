@@ -34,7 +34,7 @@ SLOW_ACK = 2.5
 PROBE_DELAY_INITIAL = 2.5
 
 #: Factor by which the delay grows from one empty frame to the next.
-#: Thus four empty frames are sent within 15 s.
+#: With this factor, four empty frames are sent within 15 s.
 PROBE_DELAY_FACTOR = 1.2
 
 #: Maximum seconds between two empty frames. Each empty frame costs the brain some milliseconds.
@@ -58,7 +58,7 @@ FAST_ACK = 1.0
 ACK_PAUSE = 0.1
 
 #: Number of events in the first frame of a session.
-#: The frame is small, so that the ack arrives soon.
+#: The first frame is small, so that its ack arrives soon.
 FRAME_EVENTS_INITIAL = 50
 
 #: Smallest number of events to which skipped frames reduce the size of a frame.
@@ -162,7 +162,7 @@ class SkippedFrames:
         return found
 
     def clear(self) -> None:
-        """Remove all frames, because their rows will be sent again."""
+        """Remove all frames, because the sender sends their rows again."""
         self._frames.clear()
         self.resend_at = float("inf")
 
