@@ -162,8 +162,8 @@ def pidfile_path(adapter_id: str) -> Path:
 def write_pidfile(adapter_id: str) -> Path:
     """Write a pid file for this process and return its path.
 
-    If the file of :func:`pidfile_path` belongs to another live process, a second file is
-    written, and the pid of this process is part of its name.
+    If the file of :func:`pidfile_path` belongs to another live process, this function writes a
+    second file. The name of the second file contains the pid of this process.
     """
     first = pidfile_path(adapter_id)
     path = first if _is_free(first) else first.with_name(f"{first.stem}.{os.getpid()}.pid")
@@ -262,7 +262,7 @@ def new_socket_path(adapter_id: str) -> Path:
     """Return an unused socket path for this process and remove stale sockets of the adapter."""
     for client in list_clients(safe_name(adapter_id)):
         _remove_if_stale(client)
-    # The random part is needed for containers that share a volume, because they all use pid 1.
+    # Containers that share a volume may all use pid 1, so the name needs a random part.
     return _runtime_dir() / f"agent-{safe_name(adapter_id)}.{os.getpid()}-{token_hex(3)}.sock"
 
 

@@ -187,10 +187,10 @@ class StepScopedSelector(selectors.BaseSelector):
 class HubLoop(asyncio.SelectorEventLoop):
     """The event loop of the adapters, used between ``start()`` and ``shutdown()``.
 
-    Differences from the standard loop: this loop is the running loop of its thread only during a
-    step, and is never set as the current event loop. ``run_in_executor`` uses workers of the
-    backend. ``call_soon_threadsafe`` never raises. In a forked child the copy of the loop ends
-    without using the file descriptors of the parent.
+    Differences from the standard loop: this loop is the thread's running loop only during a step,
+    and never the current event loop. ``run_in_executor`` uses workers of the backend.
+    ``call_soon_threadsafe`` never raises. In a forked child the copy of the loop ends without using
+    the file descriptors of the parent.
     """
 
     #: Started loops. The references prevent garbage collection of the loops in a forked child,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("z4j.runtime.asyncio_bridge.pump")
 
 #: Maximum seconds in which a pump delivers items before it yields to the loop.
-#: Reading a queue that has items does not yield, so 10,000 items would block the loop for 30 ms.
+#: Reading a queue that has items does not yield. Therefore 10,000 items would block the loop for 30
+#: ms.
 YIELD_INTERVAL = 0.001
 #: Seconds before the first restart of a failed generator. Each further failure doubles the delay.
 BACKOFF_INITIAL = 1.0

@@ -42,13 +42,14 @@ class Job:
 class WorkerPool:
     """A pool of at most ``limit`` workers. A hung call blocks only its own worker.
 
-    The workers are persistent, because Celery keeps one result backend per thread or greenlet. A
+    The workers are persistent, because Celery creates one result backend per thread or greenlet. A
     new greenlet would open a new Redis connection for each call. With a latency of 50 ms, a
     connection takes 0.3 s.
 
-    The worker that became idle last runs the next job, so that few connections are opened. One idle
-    worker is kept in reserve until there are ``limit`` workers, because :meth:`submit` cannot start
-    a worker: a loop step may call :meth:`submit`, and starting a thread switches greenlets.
+    The next job runs on the worker that became idle last, so that few connections are opened. One
+    idle worker is kept in reserve until there are ``limit`` workers, because :meth:`submit` cannot
+    start a worker. The reason is that a loop step may call :meth:`submit`, and starting a thread
+    switches greenlets.
     """
 
     def __init__(self, backend: BaseConcurrency, name: str, limit: int) -> None:

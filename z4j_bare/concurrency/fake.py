@@ -22,7 +22,7 @@ MAX_MAIN_WAIT = 3600.0
 
 @implementer(IEvent)
 class FakeEvent:
-    """An event in virtual time. Its waiters wake without delay when it is set."""
+    """An event in virtual time. The waiters wake without delay when the event is set."""
 
     def __init__(self, backend: FakeConcurrency) -> None:
         self._backend = backend

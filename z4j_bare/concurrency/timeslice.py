@@ -1,4 +1,4 @@
-"""Time slices: long computations on a hub yield after each slice, so that other tasks can run."""
+"""Time slices. A long computation on a hub yields after each slice, so that other tasks can run."""
 
 from __future__ import annotations
 
