@@ -68,7 +68,7 @@ class Engine:
     ) -> Iterator[TaskDefinition] | None:
         """Discover tasks in small steps, and call ``checkpoint`` between them.
 
-        Returns ``None`` if the caller has to call the adapter's ``discover_tasks`` instead.
+        Returns ``None`` if the caller must use the adapter's ``discover_tasks``.
         """
         return None
 

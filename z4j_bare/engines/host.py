@@ -1,4 +1,4 @@
-"""Connects one engine adapter, reads its events and health, and carries out its commands."""
+"""Connects one engine adapter, reads the adapter's events and health, and runs commands."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class EngineHost:
         self._backend = backend
         self._sink = sink
         self._controls: CeleryControls | None = None
-        #: Restarts the worker by ending its process; ``None`` unless this is the only way to
-        #: restart the worker.
+        #: Restarts the worker by ending its process. ``None`` if the worker can be restarted in
+        #: another way, or not at all.
         self.process_restart: IProcessRestart | None = None
         redaction = getattr(adapter, "redaction", None)
         #: Redacts results with the adapter's rules.
@@ -118,7 +118,7 @@ class EngineHost:
 
     @property
     def retries_by_reference(self) -> bool:
-        """Whether the adapter guarantees that a retry never uses the brain's redacted arguments."""
+        """Whether the adapter guarantees that no retry uses the brain's redacted arguments."""
         return getattr(self.adapter, "safe_retry_by_reference", None) is True
 
     @property

@@ -1,4 +1,4 @@
-"""The event source of RQ. Its hooks wrap methods that run while the worker is busy.
+"""The event source of RQ. The hooks wrap methods that run while the worker is busy.
 
 z4j_rq's own hook wraps ``execute_job``. That hook is not installed, because it can prevent a stop.
 On SIGTERM or SIGINT, an idle RQ worker raises ``StopRequested``, an ordinary ``Exception``.
@@ -37,7 +37,7 @@ SAFE_RETRY = (1, 6, 7)
 
 
 class RqEngine(Engine):
-    """Describes RQ, whose events come from hooks in its worker classes."""
+    """Describes RQ. The events come from hooks in RQ's worker classes."""
 
     kind = "rq"
 
@@ -120,7 +120,7 @@ class RqSource(EventSource):
             setattr(owner, name, hook)
 
     def disconnect(self) -> None:
-        """Remove the hooks. A hook that other code has wrapped remains, but records nothing."""
+        """Remove the hooks. A hook that other code has wrapped stays, but records nothing."""
         from z4j_rq.events import callbacks
 
         while self._hooks:

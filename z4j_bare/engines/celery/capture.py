@@ -94,8 +94,8 @@ class EagerCapture(CeleryCapture):
     )
 
     def _task_state(self, task_id: str, task: Task) -> TaskState | None:
-        # Celery removes the request with its ``is_eager`` before it sends task_internal_error.
-        # So a task that an earlier signal added to ``task_states`` is also accepted.
+        # Celery removes the request, which has ``is_eager``, before it sends task_internal_error.
+        # Therefore a task that an earlier signal added to ``task_states`` is also accepted.
         eager = getattr(getattr(task, "request", None), "is_eager", False)
         if not eager and task_id not in self.task_states:
             return None

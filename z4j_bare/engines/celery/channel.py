@@ -106,7 +106,7 @@ class SharedCounters:
 
     @property
     def polling(self) -> int:
-        """1 while the parent reads at short intervals, and searches for kept starts; else 0.
+        """1 while the parent reads at short intervals and searches for kept starts; else 0.
 
         While the value is 0, the parent waits for a message in the pipe, and would not notice a
         kept start.
@@ -288,8 +288,8 @@ class ChannelReader:
     def kept_starts(self) -> list[tuple[int, bytes]]:
         """Return the starts that the previous call found, each with its writer's pid.
 
-        Each start is returned once. Between two calls, :meth:`read` must empty the pipe, so that
-        the writer's earlier messages are returned before its start.
+        Each start is returned once. Between two calls, :meth:`read` must empty the pipe. Thus a
+        writer's earlier messages are returned before the writer's start.
         """
         previous, self._kept = self._kept, self._starts.numbers(_forks + 2)
         return self._take(previous) if previous else []
@@ -452,8 +452,8 @@ class NamedChannel:
     def writer(self) -> ChannelWriter:
         """Return this process's writer.
 
-        The pid selects the counter. Two children may share a counter, and lose a count only if both
-        count at the same moment.
+        The pid selects the counter. Two children may share a counter. A count is lost only if both
+        children count at the same moment.
         """
         return ChannelWriter(self._write_end, self.counters, 1 + os.getpid() % (LOSS_SLOTS - 1))
 

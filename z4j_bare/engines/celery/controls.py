@@ -252,9 +252,9 @@ class CeleryControls:
     def _revoke_uuid(self, task_id: UUID | None, deadline: float) -> bool:
         """Revoke a task whose id is a UUID, and return whether a worker has terminated it.
 
-        kombu keeps the type of an id, so a worker does not find such a task by the id's text.
-        An error reply can mean that the task was terminated: after the termination, the worker
-        fails to join the ids as text (Celery 5.7).
+        kombu keeps the type of an id. Therefore a worker does not find such a task by the text of
+        the id. An error reply can mean that the task was terminated: after the termination, the
+        worker fails to join the ids as text (Celery 5.7).
         """
         if task_id is None:
             return False

@@ -55,7 +55,7 @@ _HUBS = frozenset({"gevent", "eventlet"})
 
 
 def patched_late() -> bool:
-    """Return whether kombu was imported before patching, and so uses the original ``select``."""
+    """Return whether kombu was imported before patching. If so, it uses the original ``select``."""
     from kombu.utils import eventio
 
     return eventio._selectf is not select.select  # noqa: SLF001 - no public equivalent

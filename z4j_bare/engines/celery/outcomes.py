@@ -161,9 +161,9 @@ def is_replacement(ignore: object) -> bool:
 def result_is_unstored() -> bool:
     """Whether the result backend failed to store the result of a run that succeeded.
 
-    In this case Celery still sends ``task_postrun`` with the state ``SUCCESS`` while the error
-    propagates, and ``task_internal_error`` afterwards. The handler of ``task_postrun`` calls this
-    function.
+    In this case Celery first sends ``task_postrun`` with the state ``SUCCESS``, while the error
+    propagates. Then Celery sends ``task_internal_error``. The handler of ``task_postrun`` calls
+    this function.
     """
     error = sys.exc_info()[1]
     if not isinstance(error, Exception) or is_reject(error) or error.__traceback__ is None:

@@ -451,7 +451,7 @@ class Runs:
         self.open[task_id] = Run(pid, task_state, key[0])
 
     def _close(self, task_id: str, last: TaskState, request: Request) -> None:
-        """Forget the open run of a task, unless the open run is later than the run of ``request``.
+        """Forget a task's open run, unless that run is later than the run of ``request``.
 
         After ``retry(countdown=0)`` another child may already run the task again.
         """

@@ -42,7 +42,7 @@ _POOL_NAMES = {"thread": "threads"}
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A worker that has just replied, with its name in the brain (``alias``) and its statistics."""
+    """A worker that has just replied. ``alias`` is the worker's name in the brain."""
 
     name: str
     alias: str

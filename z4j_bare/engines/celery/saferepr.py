@@ -1,7 +1,7 @@
 """Parses arguments and results from the ``saferepr`` text in a worker's events.
 
 Celery writes the values in Python's notation, limits their length and depth, and escapes only
-quotes. This module recovers the structure, because redaction selects values by their keys. Text
+quotes. Redaction selects values by their keys. Therefore this module recovers the structure. Text
 that cannot be parsed remains text.
 """
 

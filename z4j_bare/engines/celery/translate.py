@@ -147,7 +147,7 @@ class Translator:
         self._put((self._finish, kind, timestamp, task_id, task_type.fields, own, delay))
 
     def _finish(self, captured: Captured) -> bytes:
-        """Count the event, parse the fields that are still text, and encode the event.
+        """Count the event, parse its fields in ``saferepr`` notation, and encode the event.
 
         The flush loop calls this method.
         """

@@ -123,7 +123,7 @@ class WorkerRegistry:
             self._presence.remove(worker.label, announce=True)
 
     def queue_of(self, hostname: str, task: str) -> str | None:
-        """Return the queue that a task came from, or ``None`` if it cannot be known.
+        """Return the queue that a task came from, or ``None`` if the queue is unknown.
 
         A task's events do not contain its queue. The result is the worker's only queue, or the
         queue to which the app routes the task if the worker consumes that queue.
