@@ -1,7 +1,7 @@
 """Paths, permissions and owner locks of stores.
 
-Files have mode 0600, because they contain task arguments. The directory has mode 0700, because a
-user with write access to the directory can replace files.
+The files have mode 0600, because they contain task arguments. The directory has mode 0700, because
+a user with write access to the directory can replace files.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _lock(path: Path) -> int:
 
 
 def _is_same_file(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` still names the open file and was not just deleted by its previous owner."""
+    """Whether ``path`` names the open file. The file's previous owner may have just deleted it."""
     try:
         return os.fstat(descriptor).st_ino == path.lstat().st_ino
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The ledger: a record of started and finished commands, so that no command runs twice."""
+"""The ledger, a record of started and finished commands. It prevents a second run of a command."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Ledger:
     """The ledger table of one store.
 
     The table contains the newest 10,000 commands and at most ``max_bytes`` of results. Above this
-    limit, the oldest results are dropped. Their entries stay, so that the commands do not run
-    again.
+    limit, the oldest results are dropped. The entries of these results stay, so that the commands
+    do not run again.
     """
 
     def __init__(self, connection: sqlite3.Connection, max_bytes: int) -> None:

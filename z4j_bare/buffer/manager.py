@@ -364,7 +364,7 @@ class BufferManager:
 
     def _on_deleted(self, pending: PendingSnapshot) -> None:
         if pending.acks:
-            self._vacuum.needed = True  # before the removal, so that ``is_idle`` stays false
+            self._vacuum.needed = True  # before ``remove``, so that ``is_idle`` stays false
             self._pending.remove(pending)
             self._accounting.acked_events += pending.events
 

@@ -186,7 +186,7 @@ class OpenRuns:
     def end(self, slot: int, outcome: int, at: float, note: str = "") -> None:
         """Keep the end of a run until the event that reports the end is stored.
 
-        This event must already be in the ring.
+        The event must already be in the ring.
 
         :param slot: the slot that :meth:`start` returned. The end of slot 0 is ignored.
         :param outcome: how the run ended, such as ``RUN_FAILED``; ``RUN_ENDED`` if no event reports
@@ -338,8 +338,8 @@ class OrphanRuns:
     def events(self) -> list[bytes]:
         """Return the encoded events that report the end of each run.
 
-        Events and ids depend only on the file's name and content, so that the brain recognises
-        events that are reported twice.
+        Events and their ids depend only on the file's name and content. Therefore the brain
+        recognises an event that is reported twice.
         """
         return [event for run in self._runs() for event in self._report(run)]
 

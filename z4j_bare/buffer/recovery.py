@@ -26,7 +26,7 @@ STEP_ROWS = 500
 STEP_BYTES = 1024 * 1024
 
 #: Number of rows in the target store at which a step moves no more rows.
-#: The value equals the in-flight window, so that the sender always finds rows.
+#: The value equals the in-flight window, so that the sender always finds rows to send.
 TARGET_BACKLOG = 1_000
 
 #: Outcomes of a step.

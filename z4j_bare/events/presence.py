@@ -38,7 +38,7 @@ class Presence:
         clock: Callable[[], float] = time.time,
     ) -> None:
         #: The names of the announced workers.
-        #: They are the keys of a dict, so that their order is kept.
+        #: The names are the keys of a dict, which keeps their order.
         self.workers: dict[str, None] = {}
         self._engine = engine
         self._put = put

@@ -62,7 +62,7 @@ class Ring:
 
         Only the flush loop may call this.
         """
-        self._armed = True  # before the check, so that an event after the check sets ``wake``
+        self._armed = True  # before the check, so that an event after it sets ``wake``
         if self._items:
             self._armed = False
         return self._armed

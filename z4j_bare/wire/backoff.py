@@ -65,8 +65,8 @@ class Backoff:
 class BackoffPolicy:
     """The first and the longest reconnect delay of a failure class, in seconds.
 
-    A session of at least ``reset_after`` seconds resets the delay. A shorter session does not,
-    because many failing sessions end right after ``hello_ack``.
+    A session of at least ``reset_after`` seconds resets the delay. A shorter session does not reset
+    it, because many failing sessions end right after ``hello_ack``.
     """
 
     initial: float
@@ -79,7 +79,7 @@ BACKOFF_POLICIES = {
     "protocol": BackoffPolicy(1, 60),
     "auth": BackoffPolicy(10, 600),
     "incompatible": BackoffPolicy(120, 3600),
-    # Two processes with the same worker id replace each other's session in turn.
+    # Two processes with the same worker id replace each other's sessions in turn.
     # Each session lasts until the other process reconnects.
     # Therefore ``reset_after`` is longer than the maximum delay.
     "limited": BackoffPolicy(10, 600, reset_after=1800),

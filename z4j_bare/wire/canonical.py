@@ -134,7 +134,7 @@ def iter_canonical(value: object, checkpoint: Callable[[], object]) -> Iterator[
 
 def _object(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
     # Without this conversion, ``json`` would encode the keys 1 and "1" as two equal keys.
-    # The brain's parser keeps only one of the two, so the signature would not match.
+    # The brain's parser would keep only one of the two, and the signature would not match.
     result: dict[str, Any] = {}
     for key, item in value.items():
         name = _text(key if isinstance(key, str) else _describe(key))

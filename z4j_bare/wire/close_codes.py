@@ -81,7 +81,7 @@ _HTTP_STATUSES: dict[int, tuple[type[RemoteError | NetworkError], str]] = {
     503: (NetworkError, "HTTP 503: the brain is starting or has no capacity"),
 }
 
-#: Close codes and HTTP statuses that the content of a single frame can cause.
+#: Close codes and HTTP statuses whose cause can be the content of a single frame.
 #: The brain sends them if it cannot process the frame. A proxy sends them to reject the frame.
 _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 
@@ -89,8 +89,9 @@ _MAY_BE_POISON = frozenset({1009, 1011, 4400, 4403, 400, 403, 409, 422})
 #: Before ``hello_ack`` these codes have other meanings.
 _SIGNATURE_REJECTED = (4403, 409)
 
-#: If the clocks differ by more than this many seconds, a rejected signature is attributed to the
-#: clock, else to the key. The brain allows a difference of 60 s.
+#: If the clocks differ by more than this many seconds, the clock is reported as the cause of a
+#: rejected signature. Otherwise the key is reported as the cause. The brain allows a difference of
+#: 60 s.
 MAX_CLOCK_SKEW = 50.0
 
 

@@ -126,7 +126,7 @@ class CommandOutcome:
 
     @classmethod
     def indeterminate(cls, action: str, error: str) -> Self:
-        """Return the outcome of a command that was perhaps carried out."""
+        """Return the outcome of a command that may have been carried out."""
         return cls("failed", {"indeterminate": True, "operation": action}, error)
 
     @classmethod

@@ -121,8 +121,8 @@ def original(shown: str) -> str | None:
 def is_fit(data: Mapping[str, Any]) -> bool:
     """Whether the ids and names of an event's data are short enough. NUL is not checked.
 
-    A name of exactly the maximum length counts as too long, so that :func:`fit_name` remembers it.
-    Raises ``TypeError`` for an id or a name without a length, such as a number.
+    A name of exactly the maximum length counts as too long, because :func:`fit_name` must remember
+    it. Raises ``TypeError`` for an id or a name without a length, such as a number.
     """
     # Written without a loop for speed, because this function runs for every failed task.
     get = data.get

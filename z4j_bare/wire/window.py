@@ -1,4 +1,4 @@
-"""Limits the number of events that are sent and not yet acknowledged (the in-flight window).
+"""Limits the number of events that were sent but not yet acknowledged (the in-flight window).
 
 The brain ingests the frames of one connection in order, each in one transaction. A large window
 delays all later frames: behind 4,000 unacknowledged events, a command's result waited 33 s.
@@ -230,7 +230,7 @@ class Window:
     def available(self, now: float) -> int:
         """Return how many more events may be sent at ``now``.
 
-        No events overtake skipped frames, so that the order of events is kept.
+        While there are skipped frames, no other events are sent. Thus the order of events is kept.
         """
         self._adapt(now)
         if self.skipped or (self._pacing and (self._events or self.pause_remaining(now))):
