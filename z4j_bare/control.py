@@ -1,7 +1,8 @@
 """Controls running agents: pid files, control sockets, SIGHUP and exit hooks.
 
 Each running agent serves a Unix socket in ``Z4J_HOME`` (``z4j_bare.monitoring.control_server``). A
-signal cannot be used instead, because SIGHUP restarts a Celery worker and stops a gunicorn worker.
+signal cannot replace the socket, because SIGHUP restarts a Celery worker and stops a gunicorn
+worker.
 """
 
 from __future__ import annotations

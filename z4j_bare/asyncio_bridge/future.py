@@ -26,9 +26,9 @@ class CallFuture:
         return not self.abandoned
 
     def set_result(self, ok: bool, value: object) -> None:
-        """Set the result: ``value`` is the returned value if ``ok``, else the exception.
+        """Set the result. ``value`` is the returned value if ``ok``, and the exception if not.
 
-        Never switches greenlets, so a loop step may call this method.
+        This method never switches greenlets, so a loop step may call it.
         """
         self._ok, self._value = ok, value
         self._done.set()

@@ -39,7 +39,7 @@ RECHECK_INTERVAL = 60.0
 MAX_IO_WAIT = 1.0
 
 #: Maximum seconds of one wait for a socket in a process that has not forked.
-#: There is a limit, because the process may fork during the wait.
+#: The wait is limited, because the process may fork during the wait.
 MAX_IO_WAIT_UNFORKED = 10.0
 
 
@@ -193,7 +193,7 @@ class EventletConcurrency(BaseConcurrency):
         return lambda: [timer.cancel() for timer in timers]
 
     def close(self) -> None:
-        """Stop the native thread, unless it still runs a job."""
+        """Stop the native thread, unless a job is running."""
         if not self.forked() and not self._offload_lock.locked():
             worker, self._worker = self._worker, None
             if worker is not None:

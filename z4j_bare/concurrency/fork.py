@@ -41,8 +41,9 @@ _forked = False
 def epoch() -> int:
     """Return the fork epoch. The epoch of a forked child is its parent's epoch plus one.
 
-    ``os.fork`` copies greenlets into the child, so the agent's loops compare the epoch at every
-    wake-up, and end in a child. A comparison takes 30 ns, a fifth of the time of ``os.getpid``.
+    ``os.fork`` copies greenlets into the child. Therefore the agent's loops compare the epoch at
+    every wake-up, and end in a child. A comparison takes 30 ns, a fifth of the time of
+    ``os.getpid``.
     """
     return _epoch
 

@@ -27,7 +27,7 @@ class TimeSlice:
         self._started_at = time.perf_counter()
 
     def restart(self) -> None:
-        """Start a new slice without a yield, because the task has just waited for something."""
+        """Start a new slice without a yield. Called after the task has waited for something."""
         self._started_at = time.perf_counter()
 
     def checkpoint(self) -> None:
