@@ -53,7 +53,8 @@ def query_selected(
 ) -> list[dict[str, Any]]:
     """Return the answers of the agents that ``--adapter`` and ``--worker`` select.
 
-    The answer of a failed request has ``error``, and is returned whatever ``--worker`` is.
+    The answer of a failed request has ``error``. ``--worker`` does not exclude such an answer,
+    because it does not name the agent's workers.
 
     :param timeout: seconds that an agent may need between two parts of its answer.
     """
@@ -71,7 +72,7 @@ def answers_exit_code(answers: Sequence[Mapping[str, Any]]) -> int:
 
 
 def no_agent_text(arguments: argparse.Namespace) -> str:
-    """Return the usual reason why no selected agent was found."""
+    """Return the text for a selection without agents: the selection, and what to do."""
     adapter = f" of adapter {arguments.adapter}" if arguments.adapter else ""
     worker = f" that reports {arguments.worker}" if arguments.worker else ""
     text = f"no agent{adapter}{worker} runs with Z4J_HOME={configuration.home()}"

@@ -1,4 +1,4 @@
-"""The parser of every command line: no abbreviations, and no secrets in its errors.
+"""The parser of every command line: no abbreviated options, and no secrets in error messages.
 
 argparse quotes words of the command line in its errors. A word that follows a misspelt ``--token``
 or ``--hmac-secret`` is a secret, and errors end up in logs of shells and of CI.
@@ -19,8 +19,8 @@ SECRET_OPTIONS = frozenset({"--token", "--hmac-secret"})
 #: Replaces a word of the command line in an error.
 HIDDEN = "[hidden]"
 
-#: An error about a word in the place of a command. A misspelt command is shown; any other word may
-#: be a secret after an option without its dashes.
+#: Matches the error about an invalid command. A word of lowercase letters and dashes stays visible.
+#: Any other word is hidden: it may be a secret that follows an option typed without its dashes.
 _NO_COMMAND = re.compile(
     r"(argument (?:COMMAND|ACTION): invalid choice: )(?!'[a-z-]{1,20}' ).*(?= \(choose from)",
     re.DOTALL,
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 def _join_secrets(words: Sequence[str], known: Collection[str]) -> Iterator[str]:
     """Yield the words, with each secret joined to its option by an equals sign.
 
-    argparse treats a word that begins with a dash as an option, even if it is a secret.
+    Without the equals sign, argparse treats a secret that begins with a dash as an option.
     """
     waiting = iter(words)
     for word in waiting:
@@ -106,7 +106,7 @@ def _join_secrets(words: Sequence[str], known: Collection[str]) -> Iterator[str]
 
 
 def _secrets(words: Sequence[str], known: Collection[str]) -> set[str]:
-    """Return the words that may be secrets, and such values of ``option=value``.
+    """Return the words, and the values in ``option=value``, that may be secrets.
 
     The result contains the values of secret options. It also contains all words between an unknown
     option and the next known option, because the unknown option may be a misspelt secret option.

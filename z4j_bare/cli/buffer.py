@@ -105,8 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
 def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
     """Return reports on the stores that the command names, or on all stores if it names none.
 
-    The result does not contain the buffers of the existing agent.
-    Raises ``HostConfigurationError`` if a name belongs neither to a store nor to such a buffer.
+    A name may also belong to a buffer of the existing agent; the result omits such buffers.
+    Raises ``HostConfigurationError`` if there is neither a store nor a buffer with a name.
     """
     paths = report.stores(configuration.home() / "store")
     existing = [each.path for each in existing_buffers(arguments)]
@@ -116,7 +116,7 @@ def selected_stores(arguments: argparse.Namespace) -> list[StoreReport]:
             continue
         path = next((path for path in paths if _is_named(path, name)), None)
         if path is None:
-            # A word that is no file name may be a secret after a misspelt flag.
+            # A word without this suffix may be a secret that follows a misspelt flag.
             shown = repr(name) if name.endswith(".sqlite") else "with that name (not shown)"
             raise HostConfigurationError(
                 f"there is no store {shown}: `z4j-bare buffer list` shows all stores"
@@ -284,7 +284,7 @@ def _drop(output: Output, arguments: argparse.Namespace) -> int:
             "name the stores to delete or pass --all: `z4j-bare buffer list` shows all stores"
         )
     orphaned = orphaned_stores(arguments)
-    # --all does not include the buffers of another agent.
+    # --all does not delete buffers of the existing agent. They must be named.
     existing = existing_buffers(arguments) if arguments.stores else []
     rows = sum(store.total for store in orphaned) + sum(each.total for each in existing)
     number = len(orphaned) + len(existing)

@@ -33,7 +33,7 @@ SCHEMA = 1
 #: The directory in the archive that contains all files.
 DIRECTORY = "z4j-bundle"
 
-#: Modification time and mode of the files in the archive.
+#: Permission bits of the files in the archive.
 _MODE = 0o600
 
 README = """\
@@ -146,7 +146,7 @@ def _query(verb: str, parameters: dict[str, object] | None = None) -> list[dict[
 
 
 def _collect(function: Callable[..., Any], *arguments: object) -> Any:
-    """Return the result of ``function``, or its failure, because the other files still help."""
+    """Return the result of ``function``, or its error, so that the other files are written."""
     try:
         return function(*arguments)
     except Exception as error:

@@ -65,8 +65,8 @@ class FileSettings:
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the brain's address and the agent's credentials.
 
-    No flag takes the signing key itself, because other users can see a process's arguments, and
-    such a process may run for weeks.
+    No flag takes the signing key itself, because other users can see the arguments of a process
+    while it runs, possibly for weeks.
     """
     group = parser.add_argument_group(
         "connection", "flags override environment variables, and the variables override the file"
@@ -134,7 +134,7 @@ def apply(arguments: argparse.Namespace) -> FileSettings:
         file = _read(Path(path))
     for name, variable in _SECRET_FILES.items():
         if getattr(arguments, name, None) is not None:
-            os.environ.pop(variable, None)  # The file named here would override the flag.
+            os.environ.pop(variable, None)  # The variable's file would override the flag.
     for name in _FLAGS:
         value = getattr(arguments, name, None)
         if value is not None:

@@ -42,7 +42,7 @@ MAX_ROWS = 20
 PROFILE_MARGIN = 0.5
 
 
-#: Seconds to wait for the result of a profile. A task that holds the hub delays it.
+#: Seconds to wait for the result of a profile. A task that holds the hub delays the result.
 RESULT_TIMEOUT = 120.0
 
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise HostConfigurationError(
                 "--output needs --profile SECONDS: only a profile has stacks"
             )
-        _write_stacks(arguments.output, ())  # an unusable path must not cost the profile
+        _write_stacks(arguments.output, ())  # fails before the profile if the path is unusable
     if arguments.profile:
         started = query_selected(control.HUB, {"profile": arguments.profile}, arguments)
         if any(each.get("has_hub") for each in started):

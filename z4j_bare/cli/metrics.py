@@ -50,16 +50,16 @@ exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 
 """
 
 #: Seconds that an agent may need between two parts of its answer.
-#: Prometheus waits for 10 s.
+#: The timeout of a scrape by Prometheus is 10 s.
 ANSWER_TIMEOUT = 4.0
 
 #: Maximum number of agents that are queried at the same time.
 PARALLEL_QUERIES = 16
 
-#: Name of the file in ``Z4J_HOME`` with the last answers, for the next call of the command.
+#: Name of the file in ``Z4J_HOME`` that keeps the last answers for the next call of the command.
 MEMORY_FILE = "metrics-last.json"
 
-#: Version of the layout of that file.
+#: Version of the layout of :data:`MEMORY_FILE`.
 SCHEMA = 1
 
 Answer = dict[str, Any]
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace this file in one step, instead of printing",
     )
     configuration.add_agents(parser)
-    parser.set_defaults(worker=None)  # for ``no_agent_text``
+    parser.set_defaults(worker=None)  # ``no_agent_text`` reads it
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -133,7 +133,7 @@ class Memory:
         return list(self._known.values())
 
     def add(self, entries: Iterable[tuple[float, Answer]]) -> None:
-        """Replace the answers of ended processes by those that they have written at their end."""
+        """Remember the answers that processes wrote at their end, in place of earlier answers."""
         self._known |= {_identity(answer): (at, answer) for at, answer in entries}
 
     def families(

@@ -23,15 +23,15 @@ _STYLES = {"": "", "bold": "1", "dim": "2", "reverse": "7", "bold red": "1;31", 
 #: Maximum bytes of one read of the keyboard.
 _READ_BYTES = 64
 
-#: Minimum characters of a column that is shortened, unless its content is shorter.
+#: No column is shortened to fewer characters.
 _MIN_COLUMN = 8
 
-#: What the end of the input stands for, as when a connection by SSH is closed.
+#: Returned instead of a key at the end of the input, such as after an SSH connection is closed.
 END = "end"
 
 
 class Line(NamedTuple):
-    """A line of the screen. The style is a key of the terminal's styles."""
+    """A line of the screen. The style is a key of ``_STYLES``."""
 
     text: str
     style: str = ""
@@ -40,9 +40,9 @@ class Line(NamedTuple):
 class Column(NamedTuple):
     """A column of a table.
 
-    :param flexible: whether the column is shortened if the table is too wide. Columns with the
-        highest number are shortened first.
-    :param keep_end: whether the beginning of a text is cut off, as of a task's name.
+    :param flexible: 0 if the column is never shortened. If the table is too wide, the columns with
+        the highest number are shortened first.
+    :param keep_end: whether to cut off the beginning of a long text instead of its end.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Column(NamedTuple):
 class Screen:
     """The terminal of a command that refreshes its output.
 
-    If the output is not a terminal, the texts follow each other and no key is read.
+    If the output is not a terminal, each drawn text follows the earlier text, and no key is read.
 
     :param stream: the output.
     """
@@ -92,7 +92,7 @@ class Screen:
         self._write(_HOME + "\r\n".join(shown) + _END_OF_SCREEN)
 
     def wait(self, seconds: float) -> str:
-        """Wait for a key and return it; empty after ``seconds``, :data:`END` without a terminal."""
+        """Return the next key; ``""`` after ``seconds``, :data:`END` if the terminal has gone."""
         if self._keyboard is None:
             time.sleep(seconds)
             return ""
@@ -112,7 +112,8 @@ class Screen:
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """Return the header and the rows as texts of at most ``width`` characters.
 
-    Flexible columns are shortened until the table fits, the longest of the same number first.
+    Flexible columns are shortened until the table fits. Of columns with the same number, the
+    widest is shortened first.
     """
     cells = [[column.title for column in columns], *rows]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
@@ -138,7 +139,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) 
 
 
 def table_width(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> int:
-    """Return the width of a table of which no column is shortened."""
+    """Return the width of a table without shortened columns."""
     cells = [[column.title for column in columns], *rows]
     return sum(max(map(len, each)) for each in zip(*cells, strict=True)) + 2 * (len(columns) - 1)
 
@@ -151,7 +152,7 @@ def shorten(text: str, width: int, *, keep_end: bool = False) -> str:
 
 
 def share(lines: int, wanted: Sequence[int]) -> list[int]:
-    """Share ``lines`` between parts of the screen. A part gets at most what it wants."""
+    """Divide ``lines`` evenly between parts of the screen. A part gets at most its ``wanted``."""
     shares = [0] * len(wanted)
     while lines > 0:
         open_parts = [index for index, number in enumerate(wanted) if shares[index] < number]
@@ -176,7 +177,7 @@ def _styled(line: Line, columns: int) -> str:
 
 @contextmanager
 def _single_keys() -> Iterator[int | None]:
-    """Let the terminal deliver each key at once; yield its descriptor, or ``None``."""
+    """Make the terminal deliver single keys; yield its descriptor, ``None`` without a terminal."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield None
         return

@@ -141,7 +141,7 @@ def with_rates(
 def print_agents(
     output: Output, agents: Sequence[AgentStatus], arguments: argparse.Namespace
 ) -> None:
-    """Write a table of the agents. If there is no agent, write the usual reason for that."""
+    """Write a table of the agents; if there is no agent, write what to do."""
     if not agents:
         output.print_line(no_agent_text(arguments))
         return
@@ -189,7 +189,7 @@ def _running_adapters() -> list[str]:
 
 
 def agent_key(agent: AgentStatus) -> tuple[str, int]:
-    """Return what identifies an agent of this host."""
+    """Return adapter and pid, which identify an agent of this host."""
     return agent["adapter"], agent["pid"]
 
 
@@ -208,7 +208,7 @@ def agent_title(agent: AgentStatus) -> str:
 
 
 def session_text(agent: AgentStatus) -> str:
-    """Return the transport and age of the session, or that there is none."""
+    """Return the transport and age of the session, or a text if there is no session."""
     if not agent["connected"]:
         return "turned away" if agent.get("turned_away") else "not connected"
     since = agent.get("connected_at")

@@ -1,4 +1,4 @@
-"""``z4j-bare tasks``: the tasks that run now, and where each of them is in the code."""
+"""``z4j-bare tasks``: the running tasks, and the position of each task in the code."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ exit codes: 0 every agent answered, 1 an agent did not answer or no agent runs, 
 
 COLUMNS = ("age", "name", "id", "worker", "pid", "position", "waiting in")
 
-#: Texts in place of a position: of a task in a prefork child; of a task that has called no code of
-#: the user's; and of a task whose thread or greenlet the agent does not know.
+#: Texts for a task without a position: the task runs in a prefork child; the task runs no code of
+#: the user; the agent does not know the task's thread or greenlet.
 IN_CHILD, IN_LIBRARY, UNKNOWN = "(in a child process)", "(in a library)", "(unknown)"
 
-#: Columns of the text before a task's second line, if the terminal is too narrow for the table.
+#: Characters before a task's name and further lines, if the terminal is too narrow for the table.
 INDENT = 7
 
 Row = dict[str, Any]
@@ -123,7 +123,7 @@ def no_task_text(arguments: argparse.Namespace) -> str:
 
 
 def print_tasks(output: Output, tasks: Sequence[Row]) -> None:
-    """Write a table; on a narrower terminal, write several lines for each task.
+    """Write a table. If the terminal is too narrow for it, write several lines for each task.
 
     The columns are not shortened, because the operator needs whole ids and positions.
     """
@@ -151,7 +151,7 @@ def _process_text(worker: str, pid: str) -> str:
 
 
 def rows_of(task: Row) -> list[list[str]]:
-    """Return the table rows of a task: its own, and one for each task or greenlet inside it."""
+    """Return table rows: one for the task, one for each eager task, greenlet or coroutine in it."""
     below = [
         ["", f"  {each['name']} (eager)", each["id"], "", "", "", ""]
         for each in task.get("eager", ())
@@ -195,8 +195,8 @@ def _print_frames(output: Output, place: Mapping[str, Any]) -> None:
         return
     for frame in reversed(frames):
         output.print_line(f'  File "{frame["file"]}", line {frame["line"]}, in {frame["function"]}')
-        # This command reads the source file.
-        # The line is missing if this host does not have the file.
+        # This command, not the agent, reads the source file.
+        # The source line is omitted if this host does not have the file.
         if text := linecache.getline(frame["file"], frame["line"]).strip():
             output.print_line(f"    {text}")
 

@@ -50,13 +50,13 @@ ONCE_INTERVAL = 0.5
 #: Maximum number of samples in a sparkline.
 HISTORY_SIZE = 60
 
-#: Maximum number of rows of a section that is not limited by a terminal's height.
+#: Maximum number of rows of a section if the output is not a terminal.
 MAX_ROWS = 10
 
-#: Maximum number of agents whose refusal is shown.
+#: Maximum number of agents whose failed requests are shown.
 MAX_NOTES = 3
 
-#: Lines of the screen that are no rows of a section: title, keys, and the lines before a section.
+#: Lines for the title, lines for the keys, and lines before the rows of each section.
 _HEAD_LINES, _FOOT_LINES, _SECTION_LINES = 1, 1, 2
 
 #: The keys that delete a character of the filter.
@@ -387,7 +387,7 @@ class Top(StatusHistory):
         return [row for row in rows if any(wanted in text.lower() for text in texts(row))]
 
     def _query(self, verb: str, selected: set[tuple[str, int]]) -> dict[tuple[str, int], Row]:
-        """Return the answers of the selected agents, and keep the reasons of missing answers."""
+        """Return the selected agents' answers; keep the errors of failed requests."""
         answers = {
             agent_key(answer): answer
             for answer in control.query(verb, None, ANSWER_TIMEOUT)
@@ -400,7 +400,7 @@ class Top(StatusHistory):
     def _count(self, known: set[tuple[str, int]], seconds: float) -> list[Busy]:
         """Return the counts by task name, with the rates since the previous sample.
 
-        :param known: the agents in the previous sample. Another agent has no rates yet.
+        :param known: the agents in the previous sample. The rates omit the ends of other agents.
         """
         running = Counter(task["name"] for task in self._running)
         tasks: dict[str, list[Row]] = {name: [] for name in running}
@@ -473,8 +473,8 @@ def _busy_row(busy: Busy) -> list[str]:
 def running_rows(tasks: Sequence[Row], width: int) -> list[list[str]]:
     """Return a row for each running task.
 
-    If the rows are wider than ``width``, they omit the innermost function of the wait, then the
-    directories of the position, then its class. File, line and function remain.
+    While the rows are wider than ``width``, they omit the innermost function of the wait, then the
+    directories of the position, then the class of the position. File, line and function remain.
     """
     rows = [_running_row(task) for task in tasks]
     for shorter in (_without_inner_wait, _without_directories, _without_class):
