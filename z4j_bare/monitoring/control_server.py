@@ -1,4 +1,4 @@
-"""Serves ``z4j-bare status``, ``restart`` and ``tasks`` on a Unix socket.
+"""Serves ``z4j-bare status``, ``tasks`` and similar commands on a Unix socket.
 
 ``control.py`` is the client.
 """

@@ -50,8 +50,8 @@ class DuplicateAgentCheck:
         own_workers = workers_of(own)
         for client in clients if ok and own_workers else ():
             other = self._request_status(client)
-            # The start time identifies an agent. The pid does not identify it, because containers
-            # can share the volume, and each agent has pid 1.
+            # The start time identifies an agent. The pid does not, because containers can share the
+            # volume, and the agent of each container has pid 1.
             if (
                 other.get("project") == own["project"]
                 and other.get("started_at") != own["started_at"]

@@ -88,7 +88,7 @@ class HealthLoop:
 class BrokerLog:
     """Logs that a broker cannot be reached, and that it answers again.
 
-    A failure, or another error of it, is logged at most once a minute.
+    A failure, or a change of its error, is logged at most once a minute for each engine.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -130,7 +130,7 @@ class Check:
     The results of a run replace all results of the previous run. So if a failed check does not
     return the depths of a broker's queues, the old depths are not reported again.
 
-    :param suspect: returns whether the check should run again soon; it does not ask the broker.
+    :param suspect: returns whether the check should run again soon, without asking the broker.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class CachedProbe:
 def _is_suspect(probe: CachedProbe, suspect: Callable[[], bool]) -> bool:
     """Return whether the probe has failed or may fail now.
 
-    A probe that ends after its timeout changes what ``suspect`` returns, but its result is not
-    reported before the next call.
+    ``suspect`` alone is not enough. A probe that succeeds after its timeout makes ``suspect``
+    false, but only the next call of the probe reports its result.
     """
     return probe.failing or suspect()

@@ -136,7 +136,7 @@ def weigh(hold: Hold) -> Iterator[Weighted]:
 
 
 def place_of(stack: Sequence[Position]) -> str:
-    """Return the innermost position in the user's code, or else the innermost position."""
+    """Return the innermost position in the user's code; without one, the innermost of all."""
     index, _ = innermost_user_code(stack)
     if index < 0:
         return text_of(stack[0]) if stack else "(no Python code)"

@@ -111,7 +111,7 @@ class HubLagMonitor:
     """Collects samples of the lag, and the position of the code that blocked the hub longest.
 
     :param current_task: returns ``name[id]`` of the task that runs on the hub now; empty if no task
-        runs. A native thread calls it.
+        runs. A native thread calls this function.
     """
 
     def __init__(self, backend: BaseConcurrency, current_task: Callable[[], str] = str) -> None:

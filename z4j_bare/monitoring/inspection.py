@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from z4j_bare.monitoring.metrics import AgentMetrics
     from z4j_bare.settings import Settings
 
-#: Version of the documents that these requests return.
+#: Version of the documents in the answers.
 SCHEMA = 1
 
 
@@ -121,7 +121,7 @@ def stream_metrics(
 
 
 class HubInspector:
-    """Answers ``z4j-bare hub``: lags, what held the hub, and a profile of some seconds."""
+    """Answers ``z4j-bare hub``: lags, the code that held the hub, and a profile."""
 
     def __init__(
         self, hub_lag: HubLagMonitor, engines: EngineManager, backend: BaseConcurrency
@@ -182,7 +182,7 @@ class HubInspector:
 
 
 def _head(engines: EngineManager, backend: BaseConcurrency) -> dict[str, Any]:
-    """Return the fields with which a document names its agent."""
+    """Return the fields that identify this agent in a document."""
     return {
         "schema": SCHEMA,
         "pid": os.getpid(),

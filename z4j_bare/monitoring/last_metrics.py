@@ -1,7 +1,7 @@
 """Keeps the metrics that a process had at its end.
 
-Without them, ``z4j-bare metrics`` would show the values of its last request to the process, which
-lack the tasks that ended later.
+Without these metrics, ``z4j-bare metrics`` would show the process's last answer to a request. That
+answer lacks the tasks that ended later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.monitoring.last_metrics")
 
-#: Seconds for which the metrics of an ended process are shown, and its file is kept.
+#: Seconds for which the file of an ended process is kept and its metrics are shown.
 KEEP_SECONDS = 300.0
 
 #: Version of the files' layout.
@@ -41,7 +41,7 @@ class LastMetrics:
     """Writes the metrics of this process when its agent stops.
 
     :param adapter: the framework adapter's name.
-    :param handlers: answer the requests to the control server.
+    :param handlers: the handlers of the control server's requests, by request.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ def read_last(home: Path, now: float) -> Iterator[tuple[float, dict[str, Any]]]:
             if document["schema"] == SCHEMA:
                 yield float(document["at"]), dict(document["answer"])
         except (OSError, ValueError, TypeError, KeyError):
-            pass  # another version has written the file
+            pass  # the file was removed, or another version has written it
     _remove_old(home, now)
 
 
@@ -98,7 +98,7 @@ def _write(adapter: str, text: str) -> None:
     unfinished = path.with_suffix(".tmp")
     with open(unfinished, "x", encoding="utf-8", opener=partial(open_file, mode=0o600)) as file:
         head = {"schema": SCHEMA, "at": now}
-        # The text is a JSON object. The client adds the adapter to the answer of a running agent.
+        # The text is a JSON object without the adapter, which clients add to an agent's answer.
         adapter = json.dumps({"adapter": safe_name(adapter)})[:-1]
         file.write(f'{json.dumps(head)[:-1]}, "answer": {adapter}, {text[1:]}}}\n')
     unfinished.replace(path)

@@ -76,7 +76,7 @@ def stream_log(
 
 
 def public_settings(config: Config, settings: Settings) -> dict[str, Any]:
-    """Return the effective settings; for token and HMAC secret, only where each comes from."""
+    """Return the effective settings. For token and HMAC secret, return only the source."""
     values = config.model_dump(mode="json", exclude=set(_HIDDEN))
     for name in ("redaction_extra_key_patterns", "redaction_extra_value_patterns"):
         values[name] = f"{len(values[name])} patterns"

@@ -225,7 +225,7 @@ class AgentMetrics:
         }
 
     def heartbeat(self) -> bytes:
-        """Return the payload of the next heartbeat, with the hub's lag since the previous one."""
+        """Return the next heartbeat's payload, with the hub's lag since the previous heartbeat."""
         return frames.heartbeat(
             buffer_size=self.depth(),
             dropped_events=sum(self.lost().values()) + sum(self._dropped().values()),

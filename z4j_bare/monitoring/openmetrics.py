@@ -1,6 +1,6 @@
 """Turns answers to the request ``metrics`` into metric families and into OpenMetrics text.
 
-A metric with an equivalent in celery-exporter has its name and labels.
+A metric with an equivalent in celery-exporter has the equivalent's name and labels.
 Only types of the older Prometheus text format are used, because node_exporter reads that format.
 """
 
@@ -157,7 +157,7 @@ class Family:
         return FAMILIES[self.name][1]
 
     def is_new(self, labels: Labels) -> bool:
-        """Return whether no sample has these labels yet. Equal labels would be invalid."""
+        """Record the labels; return whether they are new. No two samples may have equal labels."""
         key = tuple(labels.values())
         if key in self._seen:
             return False
@@ -215,9 +215,10 @@ class Families(dict[str, Family]):
 class Workers:
     """Decides which agent reports a worker, so that no task is counted twice.
 
-    A worker's own agent precedes agents that read its events from the broker. If two running
-    processes have one worker name, the younger process gets the plain name, and the label of the
-    older process contains its pid. An ended process is shown until another process has its name.
+    The agent in a worker's process precedes agents that read the worker's events from the broker.
+    If two running processes have one worker name, the younger process gets the plain name, and the
+    label of the older process contains its pid. An ended process is shown until another process has
+    the same worker name.
     """
 
     def __init__(self, snapshots: Iterable[Snapshot]) -> None:

@@ -62,7 +62,7 @@ class RecentLog(logging.Handler):
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the line as text, because a record refers to frames and to the host's objects."""
+        """Keep the line as text. A record would keep frames and the host's objects in memory."""
         text = _message(record)[:MAX_CHARS]
         if record.exc_info and record.exc_info[0]:
             kind, error, frames = record.exc_info
@@ -102,7 +102,7 @@ def start_recording() -> None:
 
 
 def _message(record: logging.LogRecord) -> str:
-    """Return the message; an argument that is an unknown error is shown as its class."""
+    """Return the message. An argument that is an exception is shown by :func:`_describe`."""
     arguments = record.args
     if isinstance(arguments, tuple):
         arguments = tuple(

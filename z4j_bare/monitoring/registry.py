@@ -40,7 +40,7 @@ class RegistryLoop:
     transport has accepted the frame.
 
     :param connection: returns the current connection, or ``None`` without a session.
-    :param dev: whether to discover tasks also when a ``tasks.py`` changes.
+    :param dev: whether to discover the tasks again when a ``tasks.py`` changes.
     """
 
     def __init__(

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-#: What replaces a secret.
+#: Replaces a secret.
 MASK = "***"
 
-#: Minimum characters of a secret that is searched in a text.
-#: A shorter secret is masked only at a place that shows that it is a secret, as in a URL.
+#: A secret with fewer characters is not searched for in texts.
+#: It is masked only where the form of the text shows a secret, such as in a URL.
 MIN_CHARS = 4
 
 #: Names of variables whose value is a secret.
@@ -51,7 +51,7 @@ _FORMS = (
         r"\b\w*(?:password|passwd|pwd)\"?\s*[=:]\s*(?P<secret>[^\s,;&]+)",
         re.IGNORECASE,
     ),
-    # An assignment such as the ``access_token=...`` of a URL. The lengths are limited, because the
+    # An assignment such as the ``access_token=...`` of a URL. Without a limit on the lengths, the
     # time of a search would grow with the square of the text's length.
     re.compile(
         r"\b\w{0,40}(?:token|secret|api_?key|access_?key|credential|signature)\w{0,40}"
@@ -64,13 +64,13 @@ _FORMS = (
 class Scrubber:
     """Replaces secrets in texts and documents.
 
-    :param secrets: the values to replace, in any of their usual encodings.
+    :param secrets: the values to replace. Their usual encodings are replaced too.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
         encoded = {each for secret in secrets for each in _encode(secret) if len(each) >= MIN_CHARS}
-        # The longest text comes first. If a shorter text that it contains were replaced first, the
-        # rest of the longer text would remain.
+        # The longest text is replaced first. Otherwise, if it contains a shorter secret, only that
+        # part would be replaced and the rest would remain.
         self._encoded = sorted(encoded, key=len, reverse=True)
 
     def text(self, text: str) -> str:
@@ -132,7 +132,8 @@ def _encode(secret: str) -> Iterator[str]:
     texts = {secret, secret.strip(), unquote(secret)}
     raws = {text.encode(errors="surrogateescape") for text in texts}
     with suppress(ValueError):
-        # Both alphabets. From CPython 3.15 on urlsafe_b64decode warns about the other one.
+        # The secret may use either alphabet. ``urlsafe_b64decode`` is not used, because it warns
+        # about the standard alphabet from CPython 3.15 on.
         standard = secret.replace("-", "+").replace("_", "/")
         raws.add(base64.b64decode(standard + "=" * (-len(secret) % 4)))
     for text in texts:
