@@ -89,12 +89,12 @@ class NativeScheduleControl:
     the code each time the scheduler reads the schedules. Only fields that differ from the code are
     stored, so every other field follows the code. The file has the format of z4j 1.13.
 
-    A row that cannot be read is logged once and ignored, and so is a row whose schedule the adapter
-    refuses, for example because its task is no longer in code.
+    A row is logged once and ignored if it cannot be read, or if the adapter refuses its schedule,
+    for example because the schedule's task is no longer in code.
 
-    Any thread and process may use the object, because each call opens a connection. The constructor
-    and every method raise ``sqlite3.Error`` or ``OSError`` if the file is damaged or the disk
-    fails.
+    Any thread may use the object, and any process may use the file, because each call opens a
+    connection. The constructor and every method raise ``sqlite3.Error`` or ``OSError`` if the file
+    is damaged or the disk fails.
 
     :param path: path of the file. A missing file is created with mode 0600.
     :raises ValueError: other users may access the file, or it is not a schedule file.
@@ -208,7 +208,7 @@ class NativeScheduleControl:
                     connection.execute("ROLLBACK")
 
     def _report(self, problems: Iterable[tuple[str, str]], effective: Collection[str]) -> None:
-        """Log each problem of a row once, and its end if the schedule is effective then.
+        """Log each problem of a row once; log when a row without problems is effective again.
 
         Must be called without the fork guard, because a log handler may wait for a lock of the hub.
         """
@@ -329,7 +329,7 @@ class _StoredSchedules:
 
 
 def _describe(error: Exception) -> str:
-    """Return an error on one line, without the arguments of tasks that pydantic's text contains."""
+    """Return an error on one line. Omits the arguments of tasks, which pydantic's text contains."""
     if not hasattr(error, "errors"):
         return " ".join(str(error).split())
     problems = error.errors(include_url=False, include_input=False)
@@ -377,7 +377,7 @@ def _check_limits(connection: sqlite3.Connection) -> None:
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     """Create the missing tables, or raise ``ValueError`` if the file is not a schedule file.
 
-    A process of z4j 1.13 that is killed at its first use leaves a file without tables.
+    Tables are missing if a process of z4j 1.13 was killed when it first used the file.
     """
     if _header(connection) == (0, 0) or not _has_tables(connection):
         connection.execute("BEGIN IMMEDIATE")

@@ -1,9 +1,9 @@
 """Finds the schedules that a scheduler's adapter refuses, for example because their task is gone.
 
-An adapter of z4j 1.13 checks all schedules that ``resolve`` returns. If it refuses one of them, its
-constructor raises an error, so that the host does not start, and a running scheduler starts no
+An adapter of z4j 1.13 checks all schedules that ``resolve`` returns. If the adapter refuses one of
+them in its constructor, the host does not start. If it refuses one later, the scheduler starts no
 task. Therefore ``resolve`` must not return such a schedule. The adapters pass their check only to
-``mutate``, so ``resolve`` takes the check from the adapter that calls it.
+``mutate``, so ``resolve`` takes the check from the adapter that calls ``resolve``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CHECK = "_validate"
 
 
 class Refusals:
-    """The check of one adapter. As long as it is not known, no schedule is refused."""
+    """The check of one adapter. While the check is not known, no schedule is refused."""
 
     def __init__(self) -> None:
         self._check: Check | None = None
         self._running = False
 
     def learn(self, control: object, owner: str, caller: FrameType | None) -> None:
-        """Take the check of the adapter whose method is ``caller``, unless the check is known.
+        """Take the check of the adapter whose method is ``caller``, unless a check is known.
 
         :param control: the object that the adapter calls.
         :param owner: the scheduler's name.

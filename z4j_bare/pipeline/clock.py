@@ -65,12 +65,10 @@ class ClockCheck:
         return explain_signature_error(rejected, offset)
 
     def wait(self, event: IEvent, seconds: float) -> bool:
-        """Wait for ``event``; if the clock is wrong, also until the clock is set.
+        """Wait for ``event`` for at most ``seconds``; return whether the clock was set.
 
-        Returns whether the clock was set.
-
-        If the wait did not end when the clock is set, the agent could stay offline for
-        up to 10 more minutes.
+        If the clock is wrong, the wait also ends when the clock is set. Without this rule, the
+        agent could stay offline for up to 10 more minutes.
         """
         backend = self._backend
         deadline, base = backend.now() + seconds, self._base()

@@ -23,8 +23,8 @@ IDLE_WAIT = 5.0
 #: Seconds between the later refreshes, until an event arrives.
 IDLE_WAIT_MAX = 60.0
 
-#: The first item of a record that is already encoded.
-#: It returns the record's second item, the bytes.
+#: The encoder of a record that is already encoded.
+#: The encoder returns the record's second item, the bytes.
 _encoded_bytes = itemgetter(1)
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from z4j_bare.pipeline.session import Supervisor
 
 
-#: After the brain has turned the agent away, a session counts only after this many seconds.
+#: After the brain has turned the agent away, the agent reports a session as connected only when the
+#: session is this many seconds old.
 SETTLE_SECONDS = 5.0
 
 #: This process's pid, and the time of the first ``hello`` in this process.

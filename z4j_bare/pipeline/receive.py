@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("z4j.runtime.pipeline.receive")
 
-#: Timeout of one read in seconds. A read must end only so that the transport can ping after 30 s of
-#: silence; ``abort`` ends a read at once. Each wake-up of an idle worker costs 0.25 ms of CPU.
+#: Timeout of one read in seconds. The read must end so that the transport can ping after 30 s of
+#: silence. Each end of a read costs an idle worker 0.25 ms of CPU. ``abort`` ends a read at once.
 READ_TIMEOUT = 10.0
 
 #: Codes of fatal ``error`` frames that only an upgrade of the agent or of the brain prevents.

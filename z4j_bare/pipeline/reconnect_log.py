@@ -19,7 +19,7 @@ ESTABLISHED_AFTER = 30.0
 LOG_EVERY = 10
 
 #: Minimum seconds between two lines about one cause, and between two warnings about one class of
-#: failures. Each cause has its own limit, because two causes may alternate.
+#: failures. The time is kept for each cause, because two causes may alternate.
 LOG_INTERVAL = 60.0
 
 #: Maximum number of causes whose last line is remembered.
@@ -34,13 +34,14 @@ _VARIABLE_PART = re.compile(r"[0-9a-f]*\d[0-9a-f.]*")
 class ReconnectLog:
     """Counts consecutive failures, and logs failures and reconnects.
 
-    A failure is logged as a warning if it is the first one, or if its class differs from that of
-    the previous failure. If only the text differs, apart from numbers, the failure is logged as a
-    warning at most once a minute, and else at INFO. Every tenth failure is also logged at INFO.
+    The first failure is logged as a warning. A failure with another class than the previous failure
+    is logged as a warning. If only the text differs, apart from numbers, the failure is logged at
+    INFO, and once a minute as a warning. The last two rules log one cause at most once a minute.
+    Every tenth failure is also logged at INFO.
 
     A session counts as established with the first ack, or after :data:`ESTABLISHED_AFTER` seconds.
     "connected again" is logged at that time, because the brain accepts a session before it checks a
-    signature. If sessions end soon after their first ack, only the first is logged.
+    signature. If several sessions end soon after their first ack, only the first session is logged.
     """
 
     def __init__(self, backend: BaseConcurrency) -> None:

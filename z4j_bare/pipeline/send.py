@@ -99,7 +99,7 @@ class Pacing:
         self.payload_limit = max(MIN_PAYLOAD_BYTES, min(self.payload_limit, fits))
 
     def on_upload(self) -> None:
-        """Raise the limit by 1/16, because the batch that reduced it may be an exception."""
+        """Raise the limit by 1/16, because an exceptional batch may have reduced the limit."""
         self.payload_limit = min(self._max_payload, self.payload_limit + self.payload_limit // 16)
 
     def pause(self) -> float:
@@ -297,7 +297,7 @@ class Sender:
         return self._isolation.on_session_error(error, ids, self._buffer, self._generation)
 
     def _attach(self, connection: Connection) -> None:
-        """Start a session. It sends all rows without an ack again."""
+        """Start a session, in which all rows without an ack are sent again."""
         limit = min(FRAME_BYTES, connection.hello_ack.max_frame_bytes) - ENVELOPE_BYTES
         pacing = Pacing(
             limit, self._backend, synchronous_acks=connection.transport.synchronous_acks
@@ -370,7 +370,7 @@ class Sender:
     def _check_acks(self, connection: Connection) -> bool:
         """Act on frames without an ack; return whether further rows may be sent.
 
-        No rows are sent while skipped frames wait for rows that are still in flight.
+        After the brain has skipped frames, no further rows are sent while rows are in flight.
         """
         with self._window_lock:
             window, now = self._pacing.window, self._backend.now()
@@ -522,7 +522,7 @@ class Sender:
 
 
 def _payload_that_fits(payload: bytes, error: FrameTooLargeError) -> int:
-    """Return how large a payload may be if it grows in the envelope like ``payload``.
+    """Return the maximum size of a payload that grows in the envelope at the rate of ``payload``.
 
     A payload grows because JSON in a JSON string needs a backslash before each quote.
     """

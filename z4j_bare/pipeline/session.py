@@ -93,8 +93,8 @@ class Connection:
     def clock_offset(self) -> float | None:
         """The brain's clock minus this host's clock, in seconds.
 
-        ``None`` if ``hello_ack`` has no time. If this host's clock is set after ``hello_ack``, the
-        value changes by as much. A later change of the brain's clock is not included.
+        ``None`` if ``hello_ack`` has no time. The value follows changes of this host's clock after
+        ``hello_ack``, but not changes of the brain's clock.
         """
         if self.hello_ack.server_time is None:
             return None
@@ -443,9 +443,9 @@ class Supervisor:
 class BackgroundLoops:
     """Runs the loops that last as long as the agent; logs, counts and restarts loops that fail.
 
-    Loops are restarted, because a failed loop can lose data for days (posthog-python #865).
+    Without a restart, a failed loop can lose data for days (posthog-python #865).
 
-    :param on_end: is called after the loops have ended.
+    :param on_end: called by :meth:`join` after the wait for the loops.
     """
 
     def __init__(

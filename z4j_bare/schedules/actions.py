@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from z4j_bare.schedules import ScheduleManager
     from z4j_bare.schedules.stream import Stream
 
-#: A handler, called as ``handler(command, schedules, seconds)``. It returns within ``seconds``.
+#: A handler, called as ``handler(command, schedules, seconds)``; it must return within ``seconds``.
 ScheduleAction = Callable[[Command, "ScheduleManager", float], CommandOutcome]
 
 

@@ -54,7 +54,7 @@ HEALTH_TIMEOUT = 5.0
 _MIN_CLOSE_CODE = 1000
 
 #: Codes that the brain itself sends when it fails, restarts or has too many clients (429).
-#: They cause no fallback, because it would send more requests to an overloaded brain.
+#: They cause no fallback, because long-poll would send more requests to an overloaded brain.
 _BRAIN_CODES = (1011, 1012, 1013, HTTPStatus.TOO_MANY_REQUESTS)
 
 
@@ -163,8 +163,8 @@ def _blocking_evidence(error: AgentError) -> int:
 class TransportFactory:
     """Creates the transport of each session.
 
-    The constructor loads the certificates and imports the library of the preferred transport. Both
-    would block the hub later.
+    The constructor loads the certificates and imports the library of the preferred transport. At a
+    later time, both would block the hub.
 
     :param token: returns the token. Called at every connect.
 

@@ -143,8 +143,8 @@ class WebSocketTransport:
         )
         self._ws.lock = self._backend.lock()
         self._ws.frame_buffer.recv_strict = _bounded(self._ws.frame_buffer.recv_strict)
-        # If the library failed to answer a close frame, its error would hide the close code.
-        # ``abort`` sends the answer instead.
+        # The library must not answer a close frame, because an error of its answer would hide the
+        # close code. ``abort`` sends the answer instead.
         self._ws.send_close = lambda *_args, **_options: None
         self._last_received_at = self._backend.now()
 
