@@ -126,7 +126,7 @@ def _folders(home: Path) -> dict[str, Any]:
         "data_folder_out": messages,
         "control_folder": _folder(home, "exchanges"),
         "processed_folder": _folder(home, "processed"),
-        "store_processed": True,  # without it, kombu moves each message through /tmp
+        "store_processed": True,  # if false, kombu moves each message through /tmp
         "polling_interval": 0.1,
     }
 

@@ -1,4 +1,4 @@
-"""The PostgreSQL database that ``z4j-bare demo --database`` gives to its brain."""
+"""The PostgreSQL database for the brain of ``z4j-bare demo --database``."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ _INSTALLED = "SELECT extname FROM pg_extension"
 
 _AVAILABLE = "SELECT name FROM pg_available_extensions"
 
-#: Statements that drop what a brain creates in a database: its tables with their sequences and
-#: triggers, its functions and its types, but nothing that belongs to an extension.
+#: Selects the statements that drop what a brain creates: tables with their sequences and triggers,
+#: functions and types. Nothing that belongs to an extension is dropped.
 _DROPS = """
 SELECT format('DROP TABLE IF EXISTS %s CASCADE', oid::regclass) FROM pg_class AS it
     WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND {own}
@@ -61,10 +61,10 @@ SELECT format('DROP TYPE IF EXISTS %s CASCADE', oid::regtype) FROM pg_type AS it
 
 
 class DemoDatabase:
-    """An empty database of the user. The demo leaves it empty again.
+    """An empty database that the user names.
 
-    At the start of a ``with`` block the database is checked.
-    At the end everything that the brain has created is dropped.
+    The start of a ``with`` block checks the database.
+    The end of the block drops everything that the brain has created.
 
     :param url: the address, such as ``postgresql://user:password@host:5432/name``.
     :param keep: whether to keep the data at the end.
@@ -154,7 +154,7 @@ class DemoDatabase:
         if isinstance(error, asyncpg.TooManyConnectionsError):
             return f"--database: {self.address} has no free connection: raise max_connections"
         if isinstance(error, ValueError) and not isinstance(error, asyncpg.InterfaceError):
-            # The error's text may be a part of the password.
+            # The error's text is not shown, because it may contain a part of the password.
             return (
                 f"--database is not a valid address: use {_EXAMPLE}, and write the characters "
                 "/ ? # @ : % of user and password as %2F %3F %23 %40 %3A %25"

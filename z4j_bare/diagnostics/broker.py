@@ -16,7 +16,7 @@ _MAX_WAIT = 5.0
 
 
 def is_celery(app: object) -> bool:
-    """Whether ``app`` is a Celery application. Only then :func:`probe_broker` works."""
+    """Whether ``app`` is a Celery application, which :func:`probe_broker` needs."""
     return hasattr(app, "connection_for_read") and hasattr(app, "amqp")
 
 

@@ -207,8 +207,8 @@ def _describe_buffer(report: ExistingBufferReport) -> str:
 def probe_agents(project: str) -> ProbeResult:
     """Check that every agent of this ``Z4J_HOME`` answers and is connected.
 
-    The probe also checks that no two agents report the same worker, and that each agent's broker
-    answers.
+    The probe also warns if two agents report the same worker, if an agent's broker does not answer,
+    or if an agent advises a change of its process. Only the first problem is reported.
 
     :param project: the project whose agents are checked.
     """
@@ -282,7 +282,7 @@ def _check_connections(agents: Sequence[AgentStatus]) -> tuple[str, str] | None:
 
 
 def broker_problem(agent: AgentStatus) -> str:
-    """Return why an agent's broker cannot be reached; empty if it can, or if that is not known."""
+    """Return why an agent's broker is unreachable; ``""`` if it answers or was not checked."""
     health = agent.get("health", {})
     return "; ".join(
         f"broker: {health.get(f'{engine}.broker_error', '')}"
