@@ -67,7 +67,7 @@ class Agent:
         self.transports = TransportFactory(
             str(config.brain_url), preference, token, settings, backend, dev_mode=config.dev_mode
         )
-        key()  # a wrong key raises here, because a loop could only log the error
+        key()  # read here, so that a wrong key raises; a loop could only log the error
         opener = StoreOpener(config, key)
         ring.runs = runs = OpenRuns(ring, opener.deployment)
         opener.on_open = runs.attach

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 STATUS, RESTART, TASKS, HUB = "status", "restart", "tasks", "hub"
 LOG, METRICS = "log", "metrics"
 
-#: Seconds to wait for the answer to a request.
+#: Seconds to wait for each part of an answer.
 REQUEST_TIMEOUT = 2.0
 
 #: Maximum bytes of a socket path that every kernel accepts, including the terminating NUL.
 _MAX_PATH_BYTES = 104
 
-#: The name of the framework adapter of a process without a framework.
+#: The framework adapter's name in a process without a framework.
 _PLAIN_ADAPTER = "bare"
 
 _SOCKET_NAME = re.compile(r"agent-(?P<adapter>.+)\.(?P<pid>\d+)-[0-9a-f]+\.sock")
@@ -66,7 +66,7 @@ class ControlClient:
         ``timeout`` limits each wait for a part of the answer, in seconds.
 
         Raises ``ConnectionRefusedError`` or ``FileNotFoundError`` if the agent has ended,
-        ``TimeoutError`` after ``timeout`` seconds, and another ``OSError`` if the socket fails.
+        ``TimeoutError`` if a part is late, and another ``OSError`` if the socket fails.
         """
         with _connected(self.path, timeout) as sock:
             text = f" {json.dumps(parameters)}" if parameters else ""

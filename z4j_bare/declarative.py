@@ -1,4 +1,4 @@
-"""Sends the schedules that an application declares in code to the brain.
+"""Sends to the brain the schedules that an application declares in code.
 
 Framework adapters use this module with an API key of the project and without an agent.
 """
@@ -205,8 +205,8 @@ def _spec(name: str, entry: Mapping[str, Any]) -> ScheduleSpec:
         except UnsupportedScheduleError as error:
             raise ValueError(str(error)) from None
         if not kind:
-            # z4j 1.13 does not send such a schedule: an upgrade must not start a task that never
-            # ran.
+            # z4j 1.13 does not send a schedule without a kind. If this version sent the schedule,
+            # an upgrade would start a task that never ran.
             raise ValueError(f"it has no kind: add kind={parsed!r}")
         kind = parsed
     return ScheduleSpec(

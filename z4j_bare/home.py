@@ -19,14 +19,14 @@ from z4j_core.paths import z4j_home
 
 from z4j_bare.errors import LocalStorageError
 
-#: What the result of :func:`settle_home` depends on.
+#: The values that determine the result of :func:`settle_home`: Z4J_HOME, HOME and user.
 _Key = tuple[str | None, str | None, int]
 
 #: Maximum bytes of the path of a state directory. SQLite opens no file whose path has more than 511
 #: bytes, and the names of the files take up to 60.
 MAX_PATH_BYTES = 440
 
-#: Temporary directories of all users, which are used after ``TMPDIR``.
+#: Temporary directories of all users. They are tried after ``TMPDIR``.
 SHARED_TEMPORARY_DIRECTORIES = ("/tmp", "/var/tmp")  # noqa: S108
 
 #: What to do if a directory is unusable.
@@ -52,8 +52,8 @@ class Replacement:
 _replacement: Replacement | None = None
 _noticed = False
 
-#: The last result of ``settle_home``, and the values that determined it: Z4J_HOME, HOME and user. A
-#: directory that becomes unusable later is not replaced, because it has the agent's control socket.
+#: The key and the last result of ``settle_home``. A directory that becomes unusable later is not
+#: replaced, because the agent's control socket is in that directory.
 _settled: tuple[_Key, Path] | None = None
 
 
@@ -110,7 +110,7 @@ def replacement() -> Replacement | None:
 
 
 def take_notice() -> str:
-    """Return the notice about the replacement; ``""`` if it was returned before or there is none.
+    """Return the notice about the replacement; ``""`` without a replacement and after a first call.
 
     A forked child does not return the notice that its parent has returned.
     """
@@ -123,7 +123,7 @@ def take_notice() -> str:
 
 
 def move_from_replaced(path: Path) -> Path:
-    """Return ``path`` in the replacement if it is in the directory that was replaced."""
+    """Return ``path``, moved to the replacement if the directory of ``path`` was replaced."""
     current = replacement()
     if current is not None and path.parent == current.configured:
         return current.directory / path.name
@@ -221,7 +221,8 @@ def _configured() -> tuple[Path | None, str]:
 def _export_if_relative(home: Path) -> None:
     """Set ``Z4J_HOME`` to the absolute path if the setting is relative.
 
-    A process may change its working directory, and a child may have another one.
+    A relative path would name another directory after a change of the working directory, or in a
+    child that starts in another one.
     """
     # pathlib would raise RuntimeError for the home of an unknown user.
     path = os.environ.get("Z4J_HOME") or "~"
@@ -253,7 +254,7 @@ def _usable_replacements(create: bool) -> Iterator[Path]:
 
 
 def _obstacle(directory: Path) -> str:
-    """Return why this user cannot create files in ``directory``, existing or not; else ``""``."""
+    """Return why this user cannot write to ``directory`` or create it; ``""`` if the user can."""
     try:
         status = directory.stat()
     except FileNotFoundError:

@@ -157,8 +157,8 @@ def resolve_config(settings: Settings, **keywords: Any) -> Config:
     if keywords.get("token") is None and settings.token_file is not None:
         keywords["token"] = read_secret(settings.token_file, "Z4J_TOKEN_FILE")
     if settings.transport == "longpoll":
-        # z4j_core's Config gets "auto", because it rejects "longpoll" without an agent id, and the
-        # brain sends the agent id only at connect.
+        # z4j_core's Config rejects "longpoll" without an agent id, which the brain sends only at
+        # connect. Therefore Config gets "auto".
         keywords["transport"] = "auto"
     try:
         config = resolve_agent_config(framework_name="bare", explicit_kwargs=keywords)
@@ -233,9 +233,9 @@ def _install_for_worker(consumer: Consumer) -> None:
     """Install the agent from the environment in a worker that is ready and has no agent.
 
     z4j_celery's own bootstrap has already tried to install an agent if it recognised the command
-    line. The bootstrap recognises the ``celery`` script, but neither ``python -m celery`` (which
-    ``celery multi`` and ``--detach`` use, too) nor a program that calls ``app.worker_main()``. It
-    reports a wrong variable only at the level INFO and as a missing variable.
+    line. The bootstrap recognises the ``celery`` script, but neither ``python -m celery`` (used by
+    ``celery multi`` and ``--detach``) nor a program that calls ``app.worker_main()``. The bootstrap
+    logs a wrong variable only at the level INFO, and as a missing variable.
     """
     if "z4j_celery" not in sys.modules:
         return

@@ -44,7 +44,7 @@ class ITask(Interface):
         """
 
     def join(timeout: float | None = None) -> bool:
-        """Wait for the end of the task; return ``False`` if ``timeout`` seconds pass before."""
+        """Wait for the end of the task; return ``False`` if ``timeout`` seconds pass first."""
 
 
 class IEvent(Interface):
@@ -151,10 +151,10 @@ class IConcurrency(Interface):
         """Return the function that returns the current greenlet, or the thread's ident."""
 
     def frame_reader() -> Callable[[object], FrameType | None]:
-        """Return a function from a context to its innermost frame at this moment.
+        """Return a function that returns the innermost frame of a context at this moment.
 
-        A context is a result of :meth:`context_getter`. ``None`` stands for a context that has
-        ended or, with a hub, is running now.
+        A context is a result of :meth:`context_getter`. The function returns ``None`` if the
+        context has ended or, with a hub, is running now.
         """
 
     def start_native_thread(function: Callable[..., object], *args: object) -> bool:
@@ -289,7 +289,7 @@ class IOpenRuns(Interface):
         """Prepare to keep runs, without I/O."""
 
     def describe(engine: str, data: Mapping[str, object]) -> int:
-        """Store fields equal in all events of some runs; return the number of the description."""
+        """Store the fields shared by all events of some runs; return the description's number."""
 
     def start(description: int, task_id: str, at: float, flags: int) -> int:
         """Keep a run that starts at ``at``; return a slot, or 0 if the run cannot be kept.
@@ -307,7 +307,7 @@ class IOpenRuns(Interface):
         """Record that the broker does not deliver the message of an open run again."""
 
     def stored(number: int, at: float) -> None:
-        """Drop the ends that were reported up to event ``number``; their flush began at ``at``."""
+        """Drop the ends that events up to ``number`` report; their flush began at ``at``."""
 
     def close() -> None:
         """Delete the kept runs if no run is open and every end is stored."""

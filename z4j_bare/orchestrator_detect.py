@@ -145,7 +145,7 @@ class _ProcessContext:
         return f"supervisord, {self._env.get('SUPERVISOR_PROCESS_NAME', 'unnamed')}"
 
     def parent_program(self, container: str | None) -> str | None:
-        """Return the parent if it replaces this process, or exits too and is itself restarted."""
+        """Return the parent if it replaces this process; if it exits, return what restarts it."""
         parent = self._parent()
         names = {Path(word).stem for word in self._read(f"proc/{parent}/cmdline").split("\0")[:3]}
         if programs := sorted(names & _RESTARTING_PARENTS):

@@ -48,7 +48,7 @@ def celery_command(argv: Sequence[str] | None = None) -> str | None:
 
 
 def is_inspection_command(argv: Sequence[str] | None = None) -> bool:
-    """Return whether this is ``celery inspect`` or a similar command. There no agent starts."""
+    """Return whether this process is ``celery inspect`` or the like, in which no agent starts."""
     return celery_command(argv) in _INSPECTION_COMMANDS
 
 
@@ -71,8 +71,8 @@ def local_worker_name(engine: str, argv: Sequence[str] | None = None) -> str | N
 
     The name is needed only for engines whose events name no worker.
     """
-    # Both are searched, because taskiq removes its name from ``sys.argv``, and a multiprocessing
-    # child has the program's name only in ``sys.argv``.
+    # Both lists are searched. taskiq removes its name from ``sys.argv``, but a child of
+    # multiprocessing has the program's name only in ``sys.argv``.
     words = [*sys.argv[:3], *sys.orig_argv[:4]] if argv is None else list(argv)[:3]
     if {PurePath(word).stem for word in words}.isdisjoint(_WORKER_PROGRAMS.get(engine, ())):
         return None

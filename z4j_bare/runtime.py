@@ -89,7 +89,7 @@ class AgentRuntime:
         return self._ever_ran and self.state is RuntimeState.STOPPED
 
     def start(self) -> None:
-        """Start the agent's loops. They connect in the background. Idempotent.
+        """Start the agent's loops, which connect in the background. Idempotent.
 
         Does nothing while a z4j-bare command imports the application.
 

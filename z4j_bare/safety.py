@@ -27,7 +27,7 @@ _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def safe_call(func: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
-    """Call ``func`` and return its result; log an exception and return ``None``.
+    """Call ``func`` and return its result. If it raises, log the exception and return ``None``.
 
     Exceptions that the host or a user raises on purpose are not suppressed:
 
@@ -59,8 +59,8 @@ def should_suppress(func: Callable[..., object], error: Exception) -> bool:
 def safe_boundary(func: Callable[P, R]) -> Callable[P, R | None]:
     """Decorate ``func`` so that it handles exceptions as :func:`safe_call` does.
 
-    The wrapper declares ``**kwargs``, because Celery's ``Signal.connect`` requires keywords, and
-    checks the flags of the code object and not the signature.
+    Celery's ``Signal.connect`` accepts only functions with ``**kwargs``. It checks the flags of the
+    code object, not the signature. Therefore the wrapper itself declares ``**kwargs``.
     """
 
     @wraps(func)

@@ -1,6 +1,6 @@
 """Reads the settings that z4j_core's ``Config`` does not have, and the agent's secrets.
 
-A keyword of ``install_agent`` overrides a ``Z4J_*`` variable, which overrides the default. An
+A keyword of ``install_agent`` overrides a ``Z4J_*`` variable. A variable overrides the default. An
 ``AgentRuntime`` without ``settings`` reads the variables.
 """
 

@@ -21,7 +21,7 @@ POLL_INTERVAL = 0.5
 STOP_TIMEOUT = 2.0
 
 #: Minimum debounce time in seconds.
-#: A shorter time would report each write of an editor that saves a file.
+#: With a shorter time, each write of an editor that saves a file would be reported.
 MIN_DEBOUNCE = 0.05
 
 #: Names of directories that are not scanned, because they contain no modules of the application.
@@ -41,7 +41,7 @@ class TasksFileWatcher:
     :param on_change: called in the watcher's task with the path of each changed, created or removed
         file. Its exceptions are logged.
     :param filenames: names of the files to watch.
-    :param debounce_ms: milliseconds without a further change after which ``on_change`` is called.
+    :param debounce_ms: ``on_change`` is called after so many milliseconds without a further change.
     """
 
     def __init__(
