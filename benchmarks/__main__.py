@@ -9,8 +9,8 @@ import sys
 from z4j_bare.cli.arguments import Parser
 from z4j_bare.demo.process import HarnessError
 
-#: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``; its docstring is
-#: its help.
+#: Every benchmark is a module with ``add_arguments(parser)`` and ``run(args)``. The module's
+#: docstring is the help text.
 NAMES = (
     "host",
     "observers",
@@ -28,7 +28,7 @@ NAMES = (
 def main() -> int:
     """Run one benchmark.
 
-    0 when it ran to its end, 1 when it could not, 130 after Ctrl-C, 143 after SIGTERM.
+    Return 0 if it ran to its end, 1 if it failed, 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = Parser(prog="python -m benchmarks", description=__doc__)
     names = parser.add_subparsers(dest="name", required=True, metavar="|".join(NAMES))
@@ -53,11 +53,11 @@ def main() -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came: as with Ctrl-C, brain, broker and workers are stopped on the way out."""
+    """Raised on SIGTERM, so that brain, broker and workers are stopped as after Ctrl-C."""
 
 
 def _terminate(*_args: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not cut the stopping short
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another SIGTERM must not interrupt the stop
     raise _Terminated
 
 

@@ -13,7 +13,7 @@ from benchmarks.report import circumstances, save, table
 from benchmarks.trial import BenchWorker, Plan, Trial
 from z4j_bare.demo.worker import POOLS
 
-EVENTS = 3  # a task: received, started, succeeded
+EVENTS = 3  # of one task: received, started, succeeded
 _CALIBRATION = 3000
 
 

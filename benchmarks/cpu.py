@@ -13,8 +13,8 @@ import psutil
 def reserve_processor() -> int | None:
     """Reserve the last processor for the workers and return its number.
 
-    The brain, the broker and the benchmark itself use the others. Return ``None`` if there is only
-    one.
+    The brain, the broker and the benchmark itself use the other processors. Return ``None`` if
+    there is only one processor.
     """
     processors = sorted(os.sched_getaffinity(0))
     if len(processors) < 2:
@@ -36,8 +36,8 @@ class Reading:
 class Meter:
     """Reads the CPU time and memory of a worker and its running children.
 
-    It uses the CPU clock of each process, which counts nanoseconds and includes ended threads;
-    ``/proc/PID/stat`` counts in hundredths of a second.
+    The CPU clock of each process counts nanoseconds and includes ended threads.
+    ``/proc/PID/stat`` is not used, because it counts in hundredths of a second.
     """
 
     def __init__(self, pid: int) -> None:

@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run all trials; print and save the table.
 
-    ``HarnessError`` when an event was lost or doubled, or a file damaged.
+    Raises ``HarnessError`` if an event was lost or doubled, or a file was damaged.
     """
     if args.compare:
         outage.run(args)
@@ -140,7 +140,7 @@ class Block:
         args: argparse.Namespace,
         ended: threading.Event,
     ) -> None:
-        """Kill the processes in turn, send the remaining rows, and verify each.
+        """Kill the processes in turn, send the remaining rows, and verify all events.
 
         :param ended: set if the run is to end early.
         """

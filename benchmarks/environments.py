@@ -1,4 +1,4 @@
-"""Virtual environments of their own for what a benchmark compares the agent with."""
+"""Virtual environments for the agents and libraries that are compared with this agent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARED = (
     "packaging",
 )
 
-#: The libraries that ``observers`` compares, what the sinks need to decode, and the metrics server.
+#: The libraries that ``observers`` compares, a decoder for the sinks, and the metrics server.
 OBSERVERS = (
     "opentelemetry-instrumentation-celery",
     "opentelemetry-sdk",
@@ -51,8 +51,8 @@ def existing_python(folder: Path = OUT / "existing-venv") -> str:
 def observers_python(folder: Path = OUT / "observers-venv") -> str:
     """Return the interpreter of an environment with this checkout and the :data:`OBSERVERS`.
 
-    The benchmarks' own environment also has the brain. There sentry-sdk would import the brain's
-    web framework into the worker, and ddtrace would be a plugin of pytest.
+    The benchmarks' own environment is not used, because it also has the brain and pytest: in it,
+    sentry-sdk would import the brain's web framework, and ddtrace would be a plugin of pytest.
     """
     shared = {name: found for name, found in shared_versions().items() if name != "eventlet"}
     root = Path(z4j_bare.__file__).parents[1]
@@ -91,7 +91,7 @@ def _environment(folder: Path, wanted: list[str]) -> str:
     title = wanted[0] if wanted[0] != "--editable" else "the observers"
     print(f"installing {title} into {folder} ...", file=sys.stderr, flush=True)
     _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-    # Isolated: pip would count a checkout in PYTHONPATH or in the current directory as installed.
+    # -I: otherwise pip counts a checkout in PYTHONPATH or in the current directory as installed.
     pip = [str(python), "-I", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     _run([*pip, *wanted])
     mark.write_text(json.dumps(wanted))

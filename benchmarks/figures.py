@@ -1,6 +1,6 @@
-"""Ratios of trials.
+"""Ratios and differences of trials, paired by round.
 
-Paired by round, geometric mean, 95 % interval by Student's t on the logarithms.
+Ratios are geometric means with a 95 % interval by Student's t on the logarithms.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 #: No agent, this checkout, another checkout of this project, and the existing agent.
 VARIANTS = ("off", "ours", "baseline", "existing")
 
-#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal quantile serves
-#: beyond.
+#: 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom. For more degrees, the normal
+#: quantile is used.
 _T = (
     12.706,
     4.303,
@@ -104,7 +104,7 @@ def _half_interval(values: Sequence[float]) -> float:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
-    """Return the value below which ``share`` of ``ordered`` lies; NaN for none."""
+    """Return the value below which ``share`` of ``ordered`` lies; NaN without values."""
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
 
 
@@ -122,15 +122,15 @@ def cpu_per_task(trial: Trial) -> float:
     """Return CPU seconds per task, from the release to the last row in the brain.
 
     The agent keeps sending after the tasks have ended, and the worker itself uses CPU meanwhile.
-    What the worker without an agent used in the same seconds is subtracted. Its average idle CPU
-    would be wrong: under eventlet Celery's time-outs of two seconds wake the hub shortly after a
-    batch and not at other times.
+    Therefore the CPU that the worker without an agent used in the same seconds is subtracted. That
+    worker's average idle CPU is not used: under eventlet Celery's time-outs of two seconds wake
+    the hub shortly after a batch and not at other times.
     """
     return (trial.cpu - trial.idle_host_cpu) / trial.tasks
 
 
 def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
-    """Return the figures of each variant over the rounds that it and "off" completed."""
+    """Return the figures of each variant over the rounds that the variant and "off" completed."""
     found = {}
     for name in VARIANTS:
         both = [each for each in rounds if name in each and "off" in each]
@@ -142,7 +142,7 @@ def summary(rounds: Sequence[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
 def batch_cpu_ratio(rounds: Sequence[dict[str, Trial]], name: str, base: str) -> Ratio | None:
     """Return the CPU ratio of two agents, paired by batch; ``None`` if they share no round.
 
-    Both are charged for the host's idle CPU, which is the same for both.
+    Both values include the host's idle CPU, which is the same for both agents.
     """
     pairs = [
         pair
@@ -173,7 +173,7 @@ class Comparison:
     added_pss_mb: Difference | None = None
 
     def to_object(self) -> dict[str, Any]:
-        """Return it as JSON types."""
+        """Return the comparison as JSON types."""
         return asdict(self)
 
 

@@ -44,13 +44,13 @@ CALIBRATION_EVENTS = 1500
 START_TIMEOUT = 120.0
 #: Seconds after the end of the recording in which all events must arrive.
 DRAIN_TIMEOUT = 240.0
-#: What the brain logs for a frame that it skips.
+#: Text in the brain's log line about a frame that it skips.
 SKIPPED = "withholding ack"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One host: its settings, events before the first connect, events a second, and their end."""
+    """One host: its settings, events before the first connect, and then events a second."""
 
     environment: dict[str, str]
     backlog: int
@@ -59,7 +59,7 @@ class Plan:
 
 
 class Board:
-    """The current numbers of all hosts, in a file that their processes and this one map."""
+    """The current numbers of all hosts, in a file mapped by their processes and by this process."""
 
     _ROW = struct.Struct("=qq?q")
 
@@ -83,11 +83,11 @@ class Board:
         ]
 
     def touch(self, name: str) -> None:
-        """Give a sign to all hosts: ``connect`` or ``stop``."""
+        """Tell all hosts to ``connect`` or to ``stop``, by a file with this name."""
         (self._folder / name).touch()
 
     def exists(self, name: str) -> bool:
-        """Whether the sign was given."""
+        """Whether :meth:`touch` was called with this name."""
         return (self._folder / name).exists()
 
 
@@ -193,7 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the fleet; print and save what it did.
+    """Run the fleet; print and save the figures.
 
     Raises ``HarnessError`` if an event was lost or doubled.
     """
@@ -390,7 +390,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _compare(alone: Sequence[float], figures: dict[str, Any]) -> dict[str, Any]:
-    """Compare the time of the fleet with the same number of events at the rate of one agent."""
+    """Compare the time of the fleet with the time of one agent for the same number of events."""
     rate = mean(alone)
     return {
         "events/s of one agent": list(alone),

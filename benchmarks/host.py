@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all rounds; print the table and save JSON and picture of the completed ones."""
+    """Run all rounds; print the table and save JSON and picture of the completed rounds."""
     before = circumstances()
     if args.baseline and "baseline" not in args.variants:
         args.variants.append("baseline")

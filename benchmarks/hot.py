@@ -33,7 +33,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "1k": {"body": "lorem ip" * 128},
     "8k": {"body": "lorem ip" * 1024},
 }
-ROWS = 256  # what one flush commits at most
+ROWS = 256  # maximum number of events in one flush
 
 _SCRIPT = Path(__file__).with_name("inside") / "bench_record_event.py"
 
@@ -107,7 +107,7 @@ def _capture(name: str, arguments: dict[str, Any], calls: int) -> dict[str, list
         for place, event in enumerate(("received", "started", "succeeded")):
             batch = items[place * calls : (place + 1) * calls]
             found[f"encode {event}"] = costs_of(lambda i, batch=batch: batch[i][0](batch[i]), calls)  # type: ignore[misc]
-    if name != "none":  # they do not depend on the arguments
+    if name != "none":  # omit the pieces that do not depend on the arguments
         found = {
             piece: costs
             for piece, costs in found.items()
@@ -141,7 +141,7 @@ def _captured(calls: int) -> Iterator[tuple[Any, Any]]:
 
 
 def _prefork(calls: int) -> dict[str, list[float]]:
-    """Measure a task's share in a child of a prefork worker and in its parent."""
+    """Measure the cost of a task in a child of a prefork worker and in the parent."""
     from celery import Celery
 
     progress("prefork")
@@ -155,7 +155,7 @@ def _prefork(calls: int) -> dict[str, list[float]]:
 
 
 def _open_runs(calls: int) -> dict[str, list[float]]:
-    """Measure what keeps the open runs: a run's start, its end, and its share of a flush."""
+    """Measure the cost of keeping an open run: its start, its end, and its share of a flush."""
     from z4j_bare.buffer.open_runs import OpenRuns
     from z4j_bare.interfaces import RUN_SUCCEEDED
 
@@ -216,7 +216,7 @@ def _postrun(task: Any, request: Any) -> None:
 
 
 def _store(calls: int) -> dict[str, list[float]]:
-    """Measure one row's share of a full batch appended, drained and confirmed."""
+    """Measure the cost per row when a full batch is appended, drained and confirmed."""
     from z4j_bare.buffer.rows import EVENT
     from z4j_bare.buffer.store import BufferStore
 
@@ -248,7 +248,7 @@ def _store(calls: int) -> dict[str, list[float]]:
 
 
 def _wire(calls: int) -> dict[str, list[float]]:
-    """Measure one event's share of a full frame signed, and masked."""
+    """Measure the cost per event when a full frame is signed, and when it is masked."""
     from z4j_bare.transport.websocket import BinaryFrame
     from z4j_bare.wire.frames import event_batch
     from z4j_bare.wire.session import HelloAck, Session

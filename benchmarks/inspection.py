@@ -35,7 +35,7 @@ _TIMEOUT = 60.0
 #: Maximum seconds until the brain has the rows of the tasks that warm the worker up.
 _ROW_TIMEOUT = 20.0
 
-#: Seconds without requests, to compare the lag with.
+#: Seconds without requests, in which the lag is measured for comparison.
 _QUIET_SECONDS = 5.0
 
 #: Number of tasks that wait in a worker that is profiled.
@@ -110,10 +110,11 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass
 class Asked:
-    """The seconds of requests to one worker, and what its hub did meanwhile.
+    """The seconds of requests to one worker, and the state of its hub meanwhile.
 
-    ``longest`` is the CPU time of the longest step of the hub, ``None`` without a hub; ``place`` is
-    where it ended. ``lags`` are those of a timer of 5 ms, ``quiet_lags`` without requests.
+    ``longest`` is the CPU time of the hub's longest step, ``None`` without a hub; ``place`` is the
+    code in which that step ended. ``lag`` is the longest lag of a timer of 5 ms during the
+    requests, and ``quiet_lag`` before them.
     """
 
     pool: str
@@ -149,7 +150,7 @@ class Profiled:
     profile: list[float]
 
     def difference(self) -> Difference:
-        """Return the milliseconds a second that the profile takes."""
+        """Return the CPU milliseconds a second that the profile takes."""
         return paired_difference(
             [1e3 * each for each in self.profile], [1e3 * each for each in self.without]
         )
@@ -208,7 +209,7 @@ class WaitingWorker(BenchWorker):
 
     @contextmanager
     def recorded(self) -> Iterator[dict[str, Any]]:
-        """Record the steps of the hub in the block, and yield what is filled in at its end."""
+        """Record the hub's steps in the block; yield a dictionary that is filled after it."""
         found: dict[str, Any] = {}
         (self._home / "record").touch()
         time.sleep(1.0)  # the recorder starts within 0.1 s

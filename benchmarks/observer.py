@@ -1,4 +1,4 @@
-"""What observes the worker of a trial, and how many of its tasks have arrived at the other end."""
+"""The observers of a worker. They count the worker's tasks that have arrived at the other end."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SCRAPE_INTERVAL = 5.0
 #: Maximum seconds until a sink or the metrics server listens, and until a scrape is complete.
 _READY_TIMEOUT = 30.0
 
-#: The number of successful runs in the metrics of a worker.
+#: Matches the number of successful runs in the metrics of a worker.
 _METRIC = re.compile(
     r'^celery_task_succeeded_total\{[^}]*name="bench\.nap"[^}]*\} (\S+)', re.MULTILINE
 )
 
 
 class Observer:
-    """Nothing observes the worker. The subclasses describe what does.
+    """The base class of observers. Itself, it stands for a worker that nothing observes.
 
     ``counts_tasks`` and ``counts_failures`` say whether each successful and each failed task
     arrives somewhere. ``launcher`` is a command that starts the worker's command, and ``options``
@@ -66,7 +66,7 @@ class Observer:
         return 0
 
     def check(self, tasks: int) -> None:
-        """Raise ``HarnessError`` if less than the ``tasks`` that ran has arrived."""
+        """Raise ``HarnessError`` if fewer than ``tasks`` successful tasks have arrived."""
         if self.counts_tasks and self.succeeded() < tasks:
             raise HarnessError(f"only {self.succeeded()} of {tasks} successful tasks have arrived")
 
@@ -84,7 +84,7 @@ class Agent(Observer):
 
     @contextmanager
     def open(self, home: Path) -> Iterator[None]:
-        """Log in with a session of its own, because each worker has a thread that polls."""
+        """Log in with a separate session, because a thread polls the rows of each worker."""
         del home
         with closing(self._shared.clone()) as self._brain:
             yield
@@ -107,7 +107,7 @@ class Agent(Observer):
 
 
 class ScrapedAgent(Agent):
-    """The agent, whose metrics are read every :data:`SCRAPE_INTERVAL` as Prometheus does.
+    """The agent. Its metrics are read every :data:`SCRAPE_INTERVAL`, as Prometheus reads them.
 
     :param python: the interpreter of ``z4j-bare metrics``, with ``prometheus_client``.
     """
@@ -161,7 +161,7 @@ class Library(Observer):
 
     :param python: the interpreter of the sink, with the packages that decode the protocol.
     :param protocol: the protocol of the sink, see ``bench_sink.py``.
-    :param set_up: the name in ``bench_libraries.py``; empty if the launcher sets it up.
+    :param set_up: the name in ``bench_libraries.py``; empty if the launcher sets the library up.
     :param sends_successes: whether each successful task arrives at the sink.
     """
 

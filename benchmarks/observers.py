@@ -94,9 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run all rounds; print the table and save JSON and picture of the completed ones.
+    """Run all rounds; print the table and save JSON and picture of the completed rounds.
 
-    Raise ``HarnessError`` if a round has failed.
+    Raises ``HarnessError`` if a round has failed.
     """
     before = circumstances()
     python = observers_python()

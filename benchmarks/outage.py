@@ -1,6 +1,6 @@
-"""A worker is killed or stopped while the brain is away.
+"""Kills or stops a worker while the brain is away.
 
-When do its rows arrive with the next worker?
+Measures when the next worker delivers the rows of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from z4j_bare.demo.worker import POOLS
 
 ENDS = ("killed", "stopped")
 _CALIBRATION = 1500
-_SETTLE = 2.0  # seconds between the last task and the kill; both agents commit within it
+_SETTLE = 2.0  # seconds from the last task to the kill; both agents commit within this time
 _READY_SECONDS = 60.0
 _STALLED = 60.0  # seconds without another row after which the rest counts as lost
 _HEADER = (
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure the ingest rate, then the outages of each agent.
 
-    Print and save the completed ones.
+    Print and save the completed outages.
     """
     before = circumstances()
     found: list[OutageResult] = []
@@ -126,10 +126,11 @@ def _outage(
 
 @dataclass
 class OutageResult:
-    """The fate of the ``tasks`` that the brain did not have when it was stopped.
+    """What became of the ``tasks`` that the brain did not have when it was stopped.
 
-    ``backlog`` counts rows of the buffer. ``boot`` is in seconds; ``first`` and ``last`` are the
-    arrival of the first and last row, in seconds after the next worker is ready (``inf``: never).
+    ``backlog`` counts rows of the buffer. ``boot`` is the time that the next worker took to start.
+    ``first`` and ``last`` are the arrivals of the first and last row after that worker was ready
+    (``inf``: never). All times are in seconds.
     """
 
     end: str
@@ -145,7 +146,7 @@ class OutageResult:
 class Outage(BenchWorker):
     """Runs two workers on one home.
 
-    The first ends while the brain is away, the second adopts its buffer.
+    The first worker ends while the brain is away, and the second worker adopts its buffer.
     """
 
     def after(self, end: str) -> OutageResult:

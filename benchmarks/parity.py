@@ -65,8 +65,8 @@ COMMANDS = (
     ("cancel nothing", "cancel-task", {"engine": "celery", "task_id": "never-was"}),
 )
 
-#: Compared fields of a task's row and of an agent's row. Times and durations are compared as
-#: present or absent.
+#: Compared fields: ``_TASK`` of a task's row, ``_AGENT`` of an agent's row. The fields of a task in
+#: ``_PRESENCE`` are only compared as present or absent.
 _TASK = (
     "name",
     "queue",
@@ -131,7 +131,8 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("*", "command grow: *", "ours announces its worker, which the brain requires"),
     ("*", "command consume*: *", "ours announces its worker, which the brain requires"),
 )
-#: A random difference of any task's events: the brain merges duplicates only within one second.
+#: Reason of a difference in any task's events that occurs at random, because the brain merges
+#: duplicates only within one second.
 DUPLICATED = (
     "ours reports an event once; the other by signal and by the broker, here in different seconds"
 )
@@ -210,7 +211,7 @@ class _Day:
         self._peers.purge()
         with self._worker(), self._producer() as producer:
             until(self._online, f"the session of the {self._variant} agent", timeout=40.0)
-            time.sleep(_SETTLE)  # both have enabled the worker's events by then
+            time.sleep(_SETTLE)  # both agents have enabled the worker's events by then
             for task_id, name, args, kwargs in TASKS:
                 producer.send_task(name, args=args, kwargs=kwargs, task_id=task_id, queue="parity")
             self._await("add", "fails", "retries", "greets", "parent", "parent-child")
@@ -270,9 +271,9 @@ class _Day:
     def _await(
         self, *task_ids: str, states: tuple[str, ...] = ("success", "failure", "revoked")
     ) -> None:
-        """Wait until the brain has these tasks in one of ``states``, or the time-out.
+        """Wait until the brain has these tasks in one of ``states``, or until the time-out.
 
-        An agent may not report it.
+        The time-out is no error, because an agent may not report such a state.
         """
         deadline = time.monotonic() + _TASK_TIMEOUT
         while time.monotonic() < deadline:

@@ -56,7 +56,7 @@ class Peers:
 
     def __enter__(self) -> Self:
         self._stack.callback(shutil.rmtree, self.home, ignore_errors=True)
-        # pip compiles at install; a worker that compiles modules itself uses 1 MB more.
+        # Compile as pip does at install, because a worker that compiles modules uses 1 MB more.
         compileall.compile_dir(Path(z4j_bare.__file__).parent, quiet=1)
         try:
             self._server = self._stack.enter_context(RedisServer(self.home / "redis"))
@@ -76,7 +76,7 @@ class Peers:
         return self._server.url(database)
 
     def new_agent(self, title: str) -> Credentials:
-        """Return credentials in a new project, so that its rows can be counted."""
+        """Return credentials in a new project, so that the agent's rows can be counted."""
         self._projects += 1
         project = f"{title}-{self._projects}"[:50].lower()
         self.brain.create_project(project)
@@ -96,7 +96,7 @@ class Peers:
     def release(self, database: int, messages: list[bytes]) -> None:
         """Put prepared tasks into a worker's queue at once.
 
-        No producer competes with it for the processor.
+        Therefore no producer competes with the worker for the processor.
         """
         with Redis.from_url(self.broker(database)) as client:
             if client.rpush(QUEUE, *messages) > len(messages):
@@ -143,7 +143,7 @@ def wait_count(
 ) -> int:
     """Poll ``count()`` until it is ``expected``, unchanged for ``quiet`` seconds, or time is up.
 
-    It polls every 0.5 s to spare the brain, and calls ``on_change()`` when the count has changed.
+    The count is polled every 0.5 s to spare the brain. After a change, ``on_change()`` is called.
     """
     deadline, changed_at, last = time.monotonic() + timeout, time.monotonic(), -1
     while True:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 AGAINST = ("peer", "brain")
 
-#: Measured values: key of the sample, title, unit in bytes or pieces.
+#: Measured values: key in a sample, title, and the divisor that converts the value to the unit.
 FIGURES = (
     ("rss", "RSS (MiB)", 1 << 20),
     ("fds", "descriptors", 1),
@@ -132,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
 class Outcome:
     """The hosts of one mode after a run, and what became of their events.
 
-    ``doubled`` counts events that were stored twice; a peer may receive an event twice.
+    ``doubled`` counts events that the brain stored twice. It is 0 for a peer, which may receive an
+    event twice.
     """
 
     title: str
@@ -155,14 +156,14 @@ class Outcome:
 
 
 class AcknowledgingPeer(Peer):  # type: ignore[misc]
-    """Acknowledges at once and keeps no frames, but which events they contained."""
+    """Acknowledges at once. Keeps task id and kind of each event, but no frames."""
 
     def __init__(self) -> None:
         super().__init__(ThreadsConcurrency())
         self.arrived: Counter[tuple[str, str]] = Counter()
 
     def on_frame(self, session: Any, frame: Any) -> None:
-        """Note the events, react to the frame and drop it."""
+        """Count the events, handle the frame and drop it."""
         if frame.type == "event_batch":
             self.arrived.update((each["task_id"], each["kind"]) for each in frame.payload.events)
         super().on_frame(session, frame)
@@ -232,7 +233,7 @@ def _start(
 def _follow(
     args: argparse.Namespace, pairs: Sequence[Pair], drop: Callable[[], None] | None
 ) -> None:
-    """Do to all hosts what the schedule says, and wait for their end."""
+    """Apply the schedule to all hosts, and wait for their end."""
     began = time.monotonic()
     for moment, what in schedule(
         args.minutes * 60,
@@ -252,7 +253,7 @@ def _follow(
 
 
 def _all(pairs: Sequence[Pair], action: Callable[[Pair], None]) -> None:
-    """Do the same to all pairs at the same time."""
+    """Call ``action`` with all pairs at the same time."""
     with ThreadPoolExecutor(len(pairs)) as pool:
         list(pool.map(action, pairs))
 

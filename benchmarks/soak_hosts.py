@@ -32,12 +32,12 @@ KINDS = ("task.received", "task.started", "task.succeeded")
 DISK_MB = 64
 #: Seconds for which the disk stays full.
 FULL_SECONDS = 40.0
-#: Seconds at the end of a run in which nothing disturbs the hosts any more.
+#: Seconds at the end of a run without drops, restarts and a full disk.
 QUIET_SECONDS = 20.0
-#: The file that fills the disk; the hosts do not count it.
+#: The file that fills the disk. The hosts do not count this file.
 FILLER = "filler"
 
-#: Share of the rate that the host which is restarted records.
+#: Rate of the restarted host as a share of the other host's rate.
 RESTARTED_SHARE = 0.25
 
 _START_TIMEOUT = 60.0
@@ -52,7 +52,7 @@ def schedule(
     """Return what happens during a run, by time: ``drop``, ``stop``, ``kill``, ``fill``, ``free``.
 
     :param drop: seconds between two drops of all connections; the first comes after half of them.
-    :param restart: seconds between two restarts; every second one is a kill.
+    :param restart: seconds between two restarts, in turn after a kill and after a stop.
     :param full: seconds between the starts of two periods with a full disk.
     """
     end = seconds - QUIET_SECONDS
@@ -78,10 +78,10 @@ def _every(interval: float, first: float, end: float) -> Iterable[float]:
 class Disk:
     """A small file system that only the hosts see; a context manager.
 
-    It is a tmpfs in a namespace of its own, which needs no root where the kernel lets every user
+    The disk is a tmpfs in a namespace of its own. This needs no root if the kernel lets every user
     make namespaces.
 
-    :param home: the directory in which the hosts see it.
+    :param home: the directory in which the hosts see the disk.
     """
 
     def __init__(self, home: Path) -> None:
@@ -89,7 +89,7 @@ class Disk:
         self._holder: subprocess.Popen[bytes] | None = None
 
     def command(self, command: Sequence[str]) -> list[str]:
-        """Return a command that runs ``command`` where it sees this disk."""
+        """Return a command that runs ``command`` in the namespace of this disk."""
         target = ["--target", str(self._pid())]
         return ["nsenter", "--user", "--mount", "--preserve-credentials", *target, "--", *command]
 
@@ -254,8 +254,8 @@ class Site:
 class Pair:
     """The hosts of one mode, which share a home; a context manager.
 
-    One runs all the time, and its samples give the slopes. The other one, if there is one, is
-    stopped and killed in turn, and another process takes its place.
+    One host runs all the time, and its samples give the slopes. The other host, if there is one, is
+    stopped and killed in turn, and a new process takes its place.
     """
 
     def __init__(self, site: Site, rate: float, seconds: float, *, restarted: bool) -> None:
@@ -276,7 +276,7 @@ class Pair:
         return [self.steady, *self.restarted]
 
     def happen(self, what: str) -> None:
-        """Do what the schedule says."""
+        """Apply one event of :func:`schedule`."""
         if what == "fill" and self.site.disk:
             self.site.disk.fill()
         elif what == "free" and self.site.disk:
@@ -336,7 +336,8 @@ class Account:
 def unexplained(accounts: Iterable[Account]) -> int:
     """Return how many events are missing beyond those that were reported or only in memory.
 
-    :param accounts: those of one home; a process reports also the losses of rows that it adopted.
+    :param accounts: all accounts of one home, because a process also reports lost rows that it
+        adopted.
     """
     missing = allowed = 0
     for each in accounts:
@@ -352,9 +353,9 @@ def account(
     arrived: Iterable[int],
     buffered: Iterable[int] = (),
 ) -> Account:
-    """Compare the last sample of a process with the numbers of its events that are somewhere.
+    """Compare the last sample of a process with its events that have arrived or are buffered.
 
-    The ring of a killed process is lost, and so are the rows of any process that has no disk.
+    A killed process loses its ring. A process without a working disk loses its rows.
     """
     found, left = set(arrived), set(buffered)
     expected = last["stored"] if end == "kill" else last["produced"]

@@ -38,10 +38,11 @@ _PROBE_TIMEOUT = 20.0
 class Plan:
     """The parameters that all trials of a run share.
 
-    ``tasks`` is the number of tasks of one batch. ``core`` is the processor of all workers: on a
-    shared one the brain would evict their caches, and an agent that keeps the brain busy would pay
-    for it. ``baseline`` is the directory of the other checkout. ``failures`` is the number of tasks
-    that raise an exception before the first batch, and that must arrive at the observer's end.
+    ``tasks`` is the number of tasks of one batch. ``core`` is the processor of all workers. If the
+    brain ran on it too, the brain would evict the workers' caches, and an agent that keeps the
+    brain busy would seem more expensive. ``baseline`` is the directory of the other checkout.
+    ``failures`` is the number of tasks that raise an exception before the first batch. These tasks
+    must arrive at the observer's end.
     """
 
     tasks: int = 2000
@@ -86,15 +87,15 @@ class Trial:
     load: float = 0.0
 
     def to_object(self) -> dict[str, Any]:
-        """Return it as JSON types."""
+        """Return the trial as JSON types."""
         return asdict(self)
 
 
 class BenchWorker:
     """A warm worker that waits for its batches.
 
-    :param database: the Redis database of its broker; workers of one round have different ones.
-    :param observer: what observes it; by default the agent, or nothing if ``variant`` is "off".
+    :param database: the Redis database of the worker's broker; each worker of a round has another.
+    :param observer: what observes the worker; by default the agent, or nothing for variant "off".
     """
 
     #: The module of the Celery application.
@@ -147,7 +148,7 @@ class BenchWorker:
                 self._opened = self.meter.read()
             yield
             worker.stop()
-        # While the tasks ran and their rows were sent.
+        # Only the lags while the tasks ran and their rows were sent.
         self.trial.hub_lags = self.lags_between(*self._span)
         self.trial.attribution = self._attribution()
 
@@ -183,7 +184,7 @@ class BenchWorker:
         self._agentless = None if agentless is self else agentless
 
     def add_idle_host_cpu(self) -> None:
-        """Add what the worker without an agent used after its own batch and before our last row."""
+        """Add the CPU that the worker without an agent used from its last task to our last row."""
         if self._agentless is not None:
             used = self._idle_host_cpu - self._agentless.marked.cpu
             self.trial.idle_host_cpu += max(0.0, used)
@@ -201,7 +202,10 @@ class BenchWorker:
         self._span = (began.at, ended.at)
 
     def _tasks(self, messages: list[bytes], gate: Barrier) -> tuple[Reading, float, Reading]:
-        """Release the tasks; return the release, the end of the last task, and its last row."""
+        """Release the tasks; return the readings at release and last row, and the last task's end.
+
+        The order is: release, end of the last task, last row.
+        """
         plan, ends, rows = self._plan, len(self._ends()), self._rows()
         gate.wait(_GATE_SECONDS)
         began = self.meter.read()
@@ -353,8 +357,8 @@ def open_together(stack: ExitStack, workers: Sequence[BenchWorker]) -> None:
 def run_in_step(peers: Peers, plan: Plan, workers: Sequence[BenchWorker]) -> None:
     """Give all workers the same tasks at the same moment; return when the brain has their rows.
 
-    The speed of a shared machine changes within a second by more than the measured differences, and
-    then it changes for all workers.
+    The speed of a shared machine changes within a second by more than the measured differences.
+    Such a change then affects all workers.
     """
     messages, gate = peers.prepare(plan.tasks, plan.arguments), Barrier(len(workers))
     agentless = next((worker for worker in workers if worker.trial.variant == "off"), None)

@@ -1,7 +1,7 @@
 """The worker's Celery application, the same for every variant.
 
-It also runs in other virtual environments, so it imports only the standard library and Celery, and
-what the variant observes it with.
+The module also runs in other virtual environments. Therefore it imports only the standard library,
+Celery, and the variant's agent or library.
 """
 
 import os
@@ -11,7 +11,7 @@ import bench_meter
 from celery import Celery, signals
 
 VARIANT = os.environ["BENCH_VARIANT"]
-#: ``agent``, a library of ``bench_libraries``, or empty.
+#: What observes the worker: ``agent``, a library of ``bench_libraries``, or nothing if empty.
 SET_UP = os.environ["BENCH_SET_UP"]
 
 if os.environ.get("BENCH_CORE"):

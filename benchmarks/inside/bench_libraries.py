@@ -13,8 +13,8 @@ def set_up(name):
 def opentelemetry(sink):
     """Export spans in batches over HTTP.
 
-    In a prefork worker this happens in each child, because the exporter has a thread. The other
-    pools do not send the signal of a child's start.
+    A prefork worker sets the exporter up in each child, because the exporter has a thread. In the
+    other pools it is set up at once, because they do not send the signal of a child's start.
     """
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -30,10 +30,10 @@ from z4j_bare import install_agent  # noqa: E402
 GROUP = 10
 #: Seconds between two samples.
 SAMPLE_INTERVAL = 1.0
-#: Seconds between two counts of greenlets, each of which walks the heap.
+#: Seconds between two counts of greenlets. Each count walks the heap.
 COUNT_INTERVAL = 10.0
-#: Seconds to wait until the home is empty: frames without any ack are sent again after 90, and the
-#: file of a dead process is adopted within 60.
+#: Seconds to wait until the home is empty. Frames without any ack are sent again after 90 s. The
+#: file of a dead process is adopted within 60 s.
 SETTLE_TIMEOUT = 150.0
 
 #: The file that fills the disk.

@@ -52,7 +52,7 @@ class StepRecorder:
 def watch(home):
     """Start the recorder when the file ``record`` appears in ``home``.
 
-    Write ``steps.json`` when it is gone.
+    Write ``steps.json`` when ``record`` has been deleted.
     """
     threading.Thread(target=_watch, args=(Path(home),), daemon=True).start()
 

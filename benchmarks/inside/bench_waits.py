@@ -35,7 +35,7 @@ def _await_end() -> None:
 
 
 def start(**_signal) -> None:
-    """Start what waits for the harness."""
+    """Start the thread that waits for the harness, and the recorder of steps."""
     threading.Thread(target=_await_end, daemon=True).start()
     bench_steps.watch(HOME)
 
