@@ -152,7 +152,7 @@ def load_app(path: object, setting: str = "--app") -> object:
 
     If the module calls ``install_agent``, the call starts no agent.
     Raises ``HostConfigurationError`` with a message that names ``setting`` and the problem.
-    Raises the ``ConfigError`` of the module's call of ``install_agent``.
+    Raises the ``ConfigError`` that ``install_agent`` raises when the module calls it.
     """
     if not path:
         raise HostConfigurationError("--app MODULE:ATTR is required, such as --app shop.celery:app")

@@ -17,7 +17,7 @@ from z4j_bare.diagnostics.result import ProbeResult, failed, passed, warned
 
 Main = Callable[..., int]
 
-#: Commands of an engine adapter's command line. Commands that need an agent are missing.
+#: Commands of an engine adapter's command line. Commands that need an agent are left out.
 _ENGINE_COMMANDS = {
     "doctor": "check that the adapter and its task queue are installed",
     "check": "the same as doctor",

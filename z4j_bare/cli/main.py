@@ -73,8 +73,10 @@ COMMANDS = {
     "version": Command("z4j_bare.cli.version", "print the versions of z4j and its dependencies"),
 }
 
-#: Exit codes of every command: for a wrong usage or configuration, and after Ctrl-C.
+#: Exit code of every command for a wrong usage or configuration.
 USAGE_ERROR = 2
+
+#: Exit code of every command after Ctrl-C.
 INTERRUPTED = 130
 
 

@@ -195,8 +195,8 @@ def select_adapters(
     """Return the options of each selected adapter by its name.
 
     The flags select the adapters. Without flags, the variable selects the adapters. Without flags
-    and variable, the file does. An adapter's options come from the file, and a flag or the variable
-    can override only the option ``app``.
+    and variable, the file selects them. An adapter's options come from the file. A flag or the
+    variable can override only the option ``app``.
 
     :param flags: name and application of each adapter in ``--engine`` or ``--scheduler``.
     :param variable: ``Z4J_ENGINES`` or ``Z4J_SCHEDULERS``.

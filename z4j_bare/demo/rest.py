@@ -29,8 +29,8 @@ _TIMEOUT = 30.0
 #: HTTP status of the brain's response if a command is issued for an agent without a session.
 _AGENT_OFFLINE = 503
 
-#: A GET that fails without a response is repeated once. The cause may be that the server closes a
-#: connection after 5 idle seconds, just when this client sends the next request.
+#: A GET that fails without a response is repeated once. The server closes a connection after 5 idle
+#: seconds, possibly just when this client sends the next request.
 _RETRY = Retry(1, connect=0, status=0, other=0, allowed_methods=("GET",))
 
 

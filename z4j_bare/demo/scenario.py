@@ -187,7 +187,7 @@ class Scenario:
             self._wait_ended([retried.task_id], _TIMEOUT)
 
     def _wait_for_brain(self) -> None:
-        """Wait until the brain shows all tasks as finished, or for a limited time."""
+        """Wait for a limited time until the brain shows all tasks as finished."""
         self._progress.stage("waiting for the brain")
         expected = {sent.task_id for sent in self._record.sent}
         self._try_until(

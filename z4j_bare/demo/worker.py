@@ -24,11 +24,10 @@ _READY_TIMEOUT = 60.0
 
 
 def worker_environment(extra: Mapping[str, str], python: str = sys.executable) -> dict[str, str]:
-    """Return a clean environment plus ``extra``.
+    """Return a clean environment plus ``extra``, for the interpreter ``python``.
 
-    In it, ``sys.executable`` imports this ``z4j_bare``.
-
-    Any other ``python`` imports the ``z4j_bare`` of its own environment.
+    ``sys.executable`` imports this ``z4j_bare``. Any other interpreter imports the ``z4j_bare`` of
+    its own virtual environment.
     """
     environment = clean_environment()
     search_path = environment.pop("PYTHONPATH", "")

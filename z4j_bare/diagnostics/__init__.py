@@ -1,4 +1,4 @@
-"""Probes that find out why an agent does not connect: of the host, the network and the brain.
+"""Probes of the host, the network and the brain that find out why an agent does not connect.
 
 The result of a failed probe names the cause and the fix. ``z4j-bare doctor`` runs all probes.
 Adapter packages import the names in ``__all__``. A probe starts no agent and writes no pid file.

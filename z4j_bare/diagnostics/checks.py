@@ -63,8 +63,8 @@ def brain_checks(
         probe = _brain_probe(config, settings)
         steps = brain_steps(probe, websocket=websocket)
     except HostConfigurationError as error:
-        # This step reports the setting.
-        # It is skipped if the tls probe has failed because of the same setting.
+        # This step reports the wrong setting.
+        # The step is skipped if the tls probe has failed because of the same setting.
         steps = [ProbeStep("http", "tls", partial(failed, "http", str(error), _FIX_SETTING))]
     try:
         yield from _run_steps([*_network_steps(config, settings), *steps])

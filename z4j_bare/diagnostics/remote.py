@@ -278,7 +278,7 @@ def brain_steps(probe: BrainProbe, *, websocket: bool = True) -> list[ProbeStep]
 
 
 def unsent_hello() -> bytes:
-    """Return a ``hello`` for the long-poll transport, which sends parts of it as HTTP headers."""
+    """Return a ``hello`` for the long-poll transport, which sends some fields as headers."""
     identity = frames.Identity(
         framework="bare",
         agent_version="",
