@@ -50,7 +50,7 @@ SKIPPED = "withholding ack"
 
 @dataclass(frozen=True)
 class Plan:
-    """One host: its settings, events before the first connect, and then events a second."""
+    """One host: its settings, events before the first connect, then ``rate`` for ``seconds``."""
 
     environment: dict[str, str]
     backlog: int

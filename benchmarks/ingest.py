@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     with Peers() as peers:
         for number in range(args.rounds):
             for size in FRAMES[number % len(FRAMES) :] + FRAMES[: number % len(FRAMES)]:
-                count = args.events if size > 1 else max(1, args.events // 6)  # 49 a second
+                count = args.events if size > 1 else max(1, args.events // 6)  # only 49 events/s
                 progress(f"round {number + 1}: {count} events in frames of {size}")
                 rates[size].append(Feed(peers.new_agent("ingest")).rate(count, size))
     rows = [

@@ -1,10 +1,9 @@
-"""CPU time of the agent's parts inside a worker, by ``time.thread_time``.
+"""CPU time of handlers, loops, host and hub inside a worker, by ``time.thread_time``.
 
-Handlers, loops, host, hub.
-
-It wraps methods from outside, so the package contains nothing for it. Under gevent and eventlet a
-greenlet tracer assigns the time between two switches to the greenlet that ran; threads have clocks
-of their own. The measurement itself (1 us a switch, 0.5 us a call) is included in the result.
+This module wraps the agent's methods, so the package contains no code for the measurement. Under
+gevent and eventlet a greenlet tracer assigns the time between two switches to the greenlet that
+ran. Threads have clocks of their own. The result includes the cost of the measurement itself (1 us
+a switch, 0.5 us a call).
 """
 
 import atexit
@@ -55,7 +54,7 @@ def begin(**_signal):
 
 
 def _collected(phase, info, began=[0.0]):  # noqa: B006 - one collection at a time
-    """Add the garbage collector's time; it is also part of the code that triggered it."""
+    """Add the time of a garbage collection, which also counts for the code that triggered it."""
     if phase == "start":
         began[0] = thread_time()
     else:

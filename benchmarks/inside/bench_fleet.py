@@ -1,13 +1,13 @@
 """A fleet of light hosts, one process each, forked from one template that has imported everything.
 
 ``python bench_fleet.py BOARD`` reads one line of JSON from standard input: a list of hosts, each
-with the fields of ``benchmarks.fleet.Plan``. The template forks a process for each of them, prints
-the pids, and waits for all. A host waits for the file ``connect`` before it connects, and ends at
-the file ``stop``. Both lie beside ``BOARD``, in which it publishes its numbers. At its end it
-writes its acks, sessions and costs to ``result.json`` in its home.
+with the fields of ``benchmarks.fleet.Plan``. The template forks a process for each host, prints
+the pids, and waits for all. A host connects when the file ``connect`` exists, and ends when the
+file ``stop`` exists. Both files lie beside ``BOARD``. The host publishes its numbers in ``BOARD``.
+At its end the host writes its acks, sessions and costs to ``result.json`` in its home.
 
-One process for each agent is closest to workers: each has its own interpreter lock, and the record
-lock of a buffer belongs to a process. The memory of the template is shared.
+One process for each agent is closest to workers: each process has its own interpreter lock, and the
+record lock of a buffer belongs to a process. The memory of the template is shared.
 """
 
 import json
@@ -88,7 +88,7 @@ class Host:
         (self.home / "result.json").write_text(json.dumps(result, default=str))
 
     def _observe(self):
-        """Hold connects back until the file ``connect`` exists, and note the time of each ack."""
+        """Delay connects until the file ``connect`` exists, and record the time of each ack."""
         create, ack = TransportFactory.create, BufferManager.ack
         host = self
 

@@ -1,6 +1,6 @@
 """What the harness reads from a running worker: when tasks ended, and the lag of a ticker.
 
-Both are memory-mapped files, one of each per process with one slot per sample: a write takes 1 us,
+Each process writes both to memory-mapped files with one slot per sample. A write takes 1 us and
 needs no lock, and nothing has to be flushed at exit. Times are ``CLOCK_MONOTONIC``, which all
 processes share.
 """
@@ -63,7 +63,7 @@ def ready(**_signal):
 def start_ticker(**_signal):
     """Start the ticker when the harness asks for it.
 
-    A greenlet if threads are patched, else a thread.
+    The ticker is a greenlet if threads are patched, else a thread.
     """
     threading.Thread(target=_run_ticker, daemon=True, name="bench-ticker").start()
 

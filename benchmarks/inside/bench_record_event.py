@@ -1,6 +1,6 @@
 """Print the microseconds of ``record_event``, the public call that both agents share, as JSON.
 
-No brain answers: the call's own cost is measured while the agent buffers events.
+No brain answers, so the cost of the call is measured while the agent buffers events.
 """
 
 import base64
