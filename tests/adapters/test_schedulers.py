@@ -133,7 +133,7 @@ def test_changes_of_schedules_in_code_are_durable(host, brain, redis_url, tmp_pa
 
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.package)
 def test_host_starts_without_task_of_created_schedule(host, brain, redis_url, tmp_path):
-    """The host starts, and one warning names the schedule; with the task it has an effect again."""
+    """The host starts and a warning names the schedule, which has an effect if the task returns."""
     with SchedulerProject(brain, redis_url, tmp_path, host.app, host.package) as project:
         running = project.start(*host.command)
         nightly = project.nightly()

@@ -1,4 +1,4 @@
-"""The real peers of the pages' commands: one brain and one Redis server."""
+"""The brain and the Redis server that the commands of the pages use."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def redis_url(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def open_shell(brain, redis_url, tmp_path_factory):
-    """``open_shell(name)``: a shell with a project, an agent and a Redis database of its own."""
+    """``open_shell(name)``: a shell that has its own project, agent and Redis database."""
     programs = make_programs(tmp_path_factory.mktemp("programs") / "bin")
     opened = []
 

@@ -1,4 +1,4 @@
-"""Every command line of the pages is run against a real worker, or its words are checked."""
+"""Runs the commands of the pages against a real worker, or checks their words."""
 
 import argparse
 import configparser
@@ -15,21 +15,21 @@ from tests.support.pages import DOCS, ROOT, Page, read_pages
 from z4j_bare.cli.main import COMMANDS, build_parser
 from z4j_bare.demo.process import until
 
-#: The pages of this directory have a test of their own, which follows them.
+#: Pages of this directory are excluded: test_getting_started.py follows them.
 FOLLOWED = "docs/getting-started/"
 
 PAGES = [page for page in read_pages() if not page.name.startswith(FOLLOWED)]
 
-#: Commands that run against the worker of the page about gevent. They end by themselves.
+#: Commands that are run beside the worker of the page about gevent. They end by themselves.
 RUN = re.compile(
     r"(source <\()?z4j-bare (buffer (list|stats|flush)|check|completion|doctor|hub|metrics|reload"
     r"|restart|status|tasks|top --once|version)\b(?!.*(--watch|--listen|--stack --json$))"
 )
 
-#: Commands that make the agents reconnect. They run last, because others expect a session.
+#: Commands that make the agents reconnect. They run last, because the others expect a session.
 RECONNECT = re.compile(r"z4j-bare (reload|restart)")
 
-#: Commands that are not run, and the reason. The words of ``z4j-bare`` are checked nevertheless.
+#: Commands that are not run, and the reason. The words of ``z4j-bare`` commands are checked.
 NOT_RUN = {
     r".*\bpip (install|wheel)\b": "needs the package index",
     r"python3 -m venv \.venv$": "the commands that follow it need the package index",
@@ -48,11 +48,11 @@ NOT_RUN = {
     r"npx ": "needs the package index of Node.js",
 }
 
-#: How often a command is run. The agent of a busy machine may answer after the timeout of the
-#: command line, which then exits with 1.
+#: Maximum number of runs of a command. On a busy machine the agent may answer after the timeout of
+#: the command line. The command then exits with 1.
 ATTEMPTS = 3
 
-#: Words of the pages, and what the test runs in their place.
+#: Words of the pages, and the words that the test runs in their place.
 ARGUMENTS = {"--profile 15": "--profile 1", "--output FILE": "--output shop.prom"}
 
 #: A ``z4j-bare`` command inside a line; ``z4j-bare 1.13.0`` is a version.
@@ -118,14 +118,14 @@ def worker(open_shell):
 
 
 def test_every_line_is_run_or_excused():
-    """Each line of a block of commands is one that a test runs, or one with a reason not to."""
+    """Each line of a block of commands is run by a test, or listed with a reason not to run it."""
     excused = re.compile("|".join(NOT_RUN))
     left = [(page, line) for page, line in lines() if not is_run(line) and not excused.match(line)]
     assert left == []
 
 
 def test_every_excuse_is_needed():
-    """Each pattern of the commands that are not run matches one of them."""
+    """Each pattern of ``NOT_RUN`` matches a command of the pages."""
     commands = [command for _page, command in lines() + spans()]
     assert [
         pattern
@@ -211,7 +211,7 @@ def test_commands_run_beside_a_worker(worker):
     assert len(commands) > 12
     run = partial(worker.run, attempts=ATTEMPTS)
     last = sorted(command for command in commands if RECONNECT.match(command))
-    # Three at a time, because each command waits for the agent or the brain most of the time.
+    # Three at a time, because a command mostly waits for the agent or the brain.
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(run, map(_with_arguments, sorted(commands - set(last)))))
     assert last

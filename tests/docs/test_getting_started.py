@@ -20,7 +20,7 @@ REQUIRED = {"Z4J_BRAIN_URL", "Z4J_PROJECT_ID", "Z4J_TOKEN", "Z4J_HMAC_SECRET"}
 
 
 def follow(page, shell):
-    """Do what the page says, block by block; return the output of its last command."""
+    """Write the files and run the commands of a page; return the output of its last command."""
     output = ""
     for block in page.blocks("python", "sh", "text"):
         if block.language == "python":
@@ -38,7 +38,7 @@ def follow(page, shell):
 
 
 def expected(line):
-    """Return the pattern of a log line: the project's name and the session's id are others."""
+    """Return the pattern of a log line. The project's name and the session's id can differ."""
     line = re.sub(r"project \S+", "project ANY", re.sub(r"session \S+", "session ANY", line))
     return re.escape(line).replace("ANY", r"\S+")
 
@@ -49,7 +49,7 @@ def assert_similar(shown, printed):
     assert head.split() == printed.splitlines()[0].split()
     fixed = [word for word in row.split() if word in ("gevent", "eventlet", "threads", "ws")]
     assert len(fixed) == 2
-    # One agent is listed, under the name of the worker; the host's name is another one.
+    # One agent is listed under the name of the worker. The name of the host differs.
     (listed,) = printed.splitlines()[1:]
     assert listed.split()[0].partition("@")[0] == row.split()[0].partition("@")[0]
     assert [word for word in fixed if word not in listed.split()] == []

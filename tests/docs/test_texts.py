@@ -1,4 +1,4 @@
-"""What the pages quote and name exists: log lines, messages, settings, links and files."""
+"""Log lines, messages, settings, links and files that the pages name exist."""
 
 import re
 from importlib.util import find_spec
@@ -102,13 +102,13 @@ def package(name):
 
 
 def written(quotation, texts, whole=False):
-    """Whether one of the texts, or the texts of a composed message, is the quotation."""
+    """Whether one of the texts, or several texts of a composed message, match the quotation."""
     parts = COMPOSED.get(quotation, (quotation,))
     return all(any(quotes(part, text, whole) for text in texts) for part in parts)
 
 
 def is_message(span):
-    """Whether a code span is a sentence, and not a command, a name or code."""
+    """Whether a code span is a sentence, not a command, a name or code."""
     words = span.split()
     return (
         len(words) > 2
@@ -119,7 +119,7 @@ def is_message(span):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_quoted_log_line_exists_in_code(page):
-    """Every log line that a page quotes is one of a log call of the package."""
+    """Every log line that a page quotes is in a log call of the package."""
     lines = [span for span in page.spans() if span.startswith("z4j: ")]
     lines += re.findall(r"(?<![\w-])z4j: .*", "\n".join(block.text for block in page.blocks()))
     known = texts_of(ROOT / "z4j_bare").log_lines
@@ -136,7 +136,7 @@ def test_quoted_message_exists_in_code(page):
 
 
 def test_exceptions_of_messages_are_needed():
-    """Every message that is excused or composed is still quoted."""
+    """Every message in ``FOREIGN`` and ``COMPOSED`` is still quoted by a page."""
     spans = {span for page in USER_PAGES for span in page.spans()}
     assert sorted({*FOREIGN, *COMPOSED} - spans) == []
 
@@ -188,5 +188,5 @@ def test_named_file_of_repository_exists(page):
     ],
 )
 def test_changed_quotation_is_found(quotation, text, whole):
-    """A quotation of which the code has only a part, or only placeholders, is not accepted."""
+    """A quotation is rejected if the code has only a part of it, or only placeholders."""
     assert quotes(quotation, text, whole) is (quotation.endswith("gevent"))

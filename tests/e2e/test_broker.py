@@ -1,4 +1,4 @@
-"""Workers of each pool whose broker goes away, while they run a task that needs no broker."""
+"""The broker goes away while workers of each pool run a task that needs no broker."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WORKERS = {
     "prefork": ("prefork", {}),
 }
 
-#: Workers whose connection Celery does not replace if it stays silent.
+#: Workers in which Celery does not replace a silent connection.
 NEVER_RECONNECTED = ("gevent", "green_kombu", "eventlet", "threads")
 
 #: Ticks that a task makes in 3 s.
@@ -74,7 +74,7 @@ class BrokerLab:
         return next((agent.get("health", {}) for agent in control.status()), {})
 
     def wait_error(self, error, names=WORKERS):
-        """Wait until the agents report ``error``, and none of them reports an old depth with it."""
+        """Wait until all agents report ``error``, and none of them an old queue depth."""
         for name in names:
 
             def reported(name=name):
@@ -88,11 +88,11 @@ class BrokerLab:
             assert connected == str(error == "")
 
     def ticks(self, name):
-        """Return how often a worker's task has run on."""
+        """Return the number of ticks of a worker's task."""
         return (self.projects[name].home / "all.ticks").stat().st_size
 
     def wait_ticks(self, names):
-        """Wait until the tasks of these workers have run on for 3 s."""
+        """Wait until the tasks of these workers have run for 3 s more."""
         before = {name: self.ticks(name) for name in names}
         for name in names:
             until(lambda name=name: self.ticks(name) >= before[name] + TICKS, name, timeout=TIMEOUT)
@@ -100,7 +100,7 @@ class BrokerLab:
 
 @pytest.fixture(scope="module")
 def lab(brain, redis_url, tmp_path_factory):
-    """The workers, of which each runs a task."""
+    """The workers, each of which runs a task."""
     home = tmp_path_factory.mktemp("broker")
     with ExitStack() as stack:
         server = stack.enter_context(RedisServer(home / "redis"))
@@ -133,9 +133,9 @@ def test_unpatched_sleep_is_reported_with_setting(lab):
 
 
 def test_stopped_broker_does_not_stop_tasks(lab):
-    """While Redis is stopped, tasks run on, and the agents report the system's error.
+    """While Redis is stopped, tasks continue, and the agents report the system's error.
 
-    Only without the setting the tasks of a gevent worker stand still meanwhile.
+    The exception is a gevent worker without the setting: its tasks stand still.
     """
     others = [name for name in WORKERS if name != "gevent"]
     with lab.proxy.inject(Refused()):

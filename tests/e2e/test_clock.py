@@ -26,7 +26,7 @@ class Clock:
         self.set_by(0)
 
     def set_by(self, seconds):
-        """Let the workers' clock differ by so many seconds."""
+        """Set the workers' clock to the real time plus ``seconds``."""
         new = self.path.with_suffix(".new")
         new.write_text(str(seconds))
         new.rename(self.path)  # no worker reads an empty file
@@ -39,7 +39,7 @@ def clock(fresh_project):
 
 
 def test_steps_of_clock_lose_nothing(fresh_project, clock, monkeypatch):
-    """Each wrong time is named at once, and what ran meanwhile arrives when the clock is right."""
+    """Each wrong time is logged at once. The events of that time arrive when the clock is right."""
     project = fresh_project
     monkeypatch.setenv("Z4J_HOME", str(project.home / "agent"))
     workers = {
@@ -62,7 +62,7 @@ def test_steps_of_clock_lose_nothing(fresh_project, clock, monkeypatch):
     for seconds, difference in ((7200, "7200 s ahead of"), (-5400, "5400 s behind")):
         clock.set_by(seconds)
         said.append(f"this host's clock is {difference} the brain's")
-        # Their events are sent at once, and rejected. The failures are of the time that is wrong.
+        # The events of these tasks are sent at once, and rejected because of the wrong time.
         ran = [project.send("fails", difference, queue=queue) for queue in queues]
         for task_id in ran:
             assert project.outcome(task_id)[0] == "FAILURE"

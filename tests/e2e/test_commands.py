@@ -76,7 +76,7 @@ def workers(project, pool):
 
 @pytest.fixture(scope="module")
 def old_task(project, workers):
-    """A task that is retried after an hour, so that the brain reconciles it after a minute.
+    """A task in the state ``retry`` for an hour, so that the brain reconciles it after a minute.
 
     The brain reconciles tasks in the states pending, started and retry, not in the state received.
     """

@@ -148,7 +148,7 @@ def test_tasks_of_killed_prefork_processes_have_true_ends(
     """
     agent = agent_credentials()
     trials = prefork_crash.plan(sum(prefork_crash.POINTS.values()))
-    # One place of each call: between the writes, before, before, after and before it.
+    # The place of the kill in each call: between the writes, before, before, after and before it.
     chosen = [trials[index] for index in (1, 3, 5, 8, 9)]
     with prefork_crash.PreforkHarness(agent, tmp_path, redis_url) as harness:
         kills = [harness.kill(trial) for trial in chosen]

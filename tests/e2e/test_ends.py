@@ -66,7 +66,7 @@ def test_masked_arguments_stay_hidden(project, task):
     ).id
     row = project.row(task_id, "success")
     assert (row["args"], row["kwargs"]) == (["<hidden>"], {"note": "****"})
-    # A replacement is retried too. The brain may drop events of runs within the same second.
+    # A replacement is retried too. The brain may drop events if two runs are in one second.
     assert kinds(project, task_id).count("received") >= 2
     events = str(project.brain.events(project.slug, "celery", task_id))
     files = b"".join(path.read_bytes() for path in (project.home / "agent").glob("*.sqlite*"))

@@ -167,7 +167,7 @@ def test_return_to_existing_agent_keeps_schedules(hosts, brain, tmp_path):
 
 
 def test_both_agents_write_one_schedule_file(hosts, tmp_path):
-    """Two processes that change the file at the same time lose no change of each other."""
+    """If two processes change the file at the same time, neither loses a change of the other."""
     number = 20
     (tmp_path / "home").mkdir(mode=0o700, exist_ok=True)
     writers = [

@@ -138,7 +138,7 @@ def test_top_shows_busiest_and_failed_tasks(project, pool):
 
 
 def test_profile_names_what_holds_hub(project, pool):
-    """A profile assigns the time of each hold to its code and its task, within 20 %."""
+    """A profile attributes the time of each hold to its code and its task, within 20 %."""
     if pool not in ("gevent", "eventlet"):
         assert not ask(project, "hub")["has_hub"]
         return

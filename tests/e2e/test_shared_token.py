@@ -25,7 +25,7 @@ from z4j_bare.wire.session import Session, parse_hello_ack
 LARGE_FRAME = 1_000
 
 #: Seconds after the first attempt within which the skipped frames are stored. Without the proof of
-#: the skip they would be sent again after 90 s at the earliest.
+#: the skip the agent would send the frames again after 90 s at the earliest.
 RESEND_LIMIT = 80.0
 
 #: What the brain logs for a skipped frame.
@@ -122,13 +122,13 @@ def status(host):
 
 @pytest.mark.timeout(240)
 def test_agent_over_cap_keeps_events_until_session_ends(make_brain, tmp_path):
-    """It logs one warning and no reconnect; its events arrive when another session has ended."""
+    """One warning and no reconnect is logged; the events arrive after another session's end."""
     project = f"p-{uuid.uuid4().hex[:12]}"
     cap = {"Z4J_WS_PER_AGENT_CONCURRENCY_CAP": "2"}
     with make_brain("sqlite", tmp_path / "brain", **cap) as brain, ExitStack() as stack:
         brain.create_project(project)
         agent = brain.mint_agent(project, "shared")
-        # The one over the cap tries again within a second.
+        # The agent over the cap tries again within a second.
         hosts = [Host(mode, agent, tmp_path / mode) for mode in MODES[:2]]
         hosts.append(Host(MODES[2], agent, tmp_path / MODES[2], FAST_TIMEOUTS="1"))
         for host in hosts:

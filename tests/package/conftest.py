@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-#: Names of files that are no part of a release.
+#: Names of files that do not belong to a release.
 _OTHER = (".git", ".tox", ".venv", "build", "dist", "out", "*.egg-info", "__pycache__", ".*_cache")
 
-#: Seconds since 1970; any time will do.
+#: The date of the builds in seconds since 1970. The value does not matter.
 EPOCH = "1795910400"
 
 

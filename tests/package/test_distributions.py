@@ -125,7 +125,7 @@ def test_constraints_name_every_dependency(wheel, metadata):
         item["metadata"]["name"].lower().replace("_", "-"): f"=={item['metadata']['version']}"
         for item in json.loads(done.stdout)["install"]
     }
-    # A version of Python needs fewer packages than another: the file covers the lowest.
+    # A later version of Python may need fewer packages. The file covers the lowest version.
     assert installed.items() <= pinned.items()
     if sys.version_info[:2] == (3, 11):
         assert installed == pinned

@@ -42,7 +42,7 @@ def shop(tmp_path_factory):
 
 @pytest.fixture
 def index(tmp_path):
-    """Return a function that makes a public index with these versions of the existing agent."""
+    """Return a function that makes a public index with the given versions of the existing agent."""
 
     def make(*versions):
         for version in versions:
@@ -83,13 +83,13 @@ def would_install(home, index, *arguments):
     [("1.13.0", {}), ("1.13.1", {"z4j-bare": "1.13.1"}), ("1.14.0", {"z4j-bare": "1.14.0"})],
 )
 def test_upgrade_without_constraint_installs_a_later_release(shop, index, published, installed):
-    """``pip install --upgrade z4j-bare`` keeps ours beside 1.13.0; a later release replaces it."""
+    """``pip install --upgrade z4j-bare`` keeps this package if the index has only 1.13.0."""
     public = index(published)
     assert would_install(shop, public, "--upgrade", "z4j-bare") == installed
 
 
 def test_upgrade_of_an_adapter_keeps_ours(shop, index):
-    """An upgrade of an adapter keeps ours, unless the strategy is ``eager``."""
+    """An upgrade of an adapter keeps this package unless the strategy is ``eager``."""
     public = index("1.13.0", "1.14.0")
     adapter = {"z4j-celery": "1.14.0"}
     assert would_install(shop, public, "--upgrade", "z4j-celery") == adapter
@@ -98,7 +98,7 @@ def test_upgrade_of_an_adapter_keeps_ours(shop, index):
 
 
 def test_constraint_and_wheels_keep_ours(shop, index):
-    """With the constraint and the team's wheels, an upgrade and a new environment have ours."""
+    """With the constraint and the team's wheels, pip installs this package in both cases."""
     public = index("1.13.0", "1.13.1", "1.14.0")
     ours = ("--constraint", shop / "constraints.txt", "--find-links", shop / "wheels")
     assert would_install(shop, public, "--upgrade", "z4j-bare", *ours) == {}
@@ -107,7 +107,7 @@ def test_constraint_and_wheels_keep_ours(shop, index):
 
 
 def test_wheels_without_constraint_do_not_keep_ours(shop, index):
-    """A team's index alone does not keep ours, because pip takes the highest version of all."""
+    """A team's index alone is not enough, because pip takes the highest version of all indexes."""
     public = index("1.13.0", "1.14.0")
     new = would_install(
         shop, public, "--ignore-installed", "z4j-celery", "--find-links", shop / "wheels"
@@ -116,14 +116,14 @@ def test_wheels_without_constraint_do_not_keep_ours(shop, index):
 
 
 def test_constraint_without_wheels_fails(shop, index):
-    """If pip does not find ours, the constraint lets the installation fail."""
+    """If pip does not find this package, the constraint makes the installation fail."""
     public = index("1.13.0", "1.14.0")
     constraint = ("--constraint", shop / "constraints.txt")
     assert would_install(shop, public, "--ignore-installed", "z4j-celery", *constraint) is None
 
 
 def test_direct_reference_is_kept_until_an_upgrade(shop, index):
-    """A direct reference installs ours; a later upgrade without the reference replaces it."""
+    """A direct reference installs this package; an upgrade without the reference replaces it."""
     public = index("1.13.0", "1.14.0")
     (wheel,) = (shop / "wheels").iterdir()
     reference = f"z4j-bare @ {wheel.as_uri()}"
@@ -133,7 +133,7 @@ def test_direct_reference_is_kept_until_an_upgrade(shop, index):
 
 
 def test_return_to_the_existing_agent_needs_three_equals_signs(shop, index):
-    """For ``==1.13.0`` pip keeps ours; ``===1.13.0`` installs the existing agent."""
+    """For ``==1.13.0`` pip keeps this package; ``===1.13.0`` installs the existing agent."""
     public = index("1.13.0")
     assert would_install(shop, public, "z4j-bare==1.13.0") == {}
     assert would_install(shop, public, "z4j-bare===1.13.0") == {"z4j-bare": "1.13.0"}

@@ -5,13 +5,13 @@ import re
 from functools import cache
 from pathlib import Path
 
-#: Stands for a value that a text or a quotation leaves open.
+#: Placeholder for any value in a text or a quotation.
 ANY = "\0"
 
 #: A word, and not a value such as a path or an address.
 _WORD = re.compile(r"^\W*([a-z_]+)\W*$")
 
-#: Minimum part of a quotation's letters that a text has to contain.
+#: Minimum share of the letters of a quotation's words that a text must contain.
 _MIN_SHARE = 0.4
 
 _LOG_METHODS = frozenset({"debug", "info", "warning", "error", "exception", "critical", "log"})
@@ -99,9 +99,9 @@ def _text(node):
 def quotes(quotation, text, whole=False):
     """Whether a text can be what the quotation shows: ``...`` and ``<name>`` stand for any value.
 
-    :data:`_MIN_SHARE` of the quotation's words must be written in the text, not filled in.
+    The text itself, without filled-in values, must contain :data:`_MIN_SHARE` of the words.
 
-    :param whole: whether the quotation has to be the whole text, or may be a part of it.
+    :param whole: whether the quotation must be the whole text, not only a part of it.
     """
     quoted = re.sub(r"\.\.\.|<[\w -]+>", ANY, quotation)
     if not whole:
@@ -116,7 +116,7 @@ def quotes(quotation, text, whole=False):
 
 
 def _letters_of_words(text):
-    """Return the positions of the letters of words, which paths and addresses are not."""
+    """Return the positions of the letters of words. Paths and addresses are not words."""
     tokens = re.finditer(rf"[^\s{ANY}]+", text)
     return {at for token in tokens if _WORD.match(token[0]) for at in range(*token.span())}
 
@@ -124,7 +124,7 @@ def _letters_of_words(text):
 def _matched_letters(quoted, text, letters):
     """Return how many letters the text can contribute, or ``None`` if the patterns cannot agree.
 
-    ``best[n]`` is this number for the characters that were read and the first ``n`` of the text.
+    ``best[n]`` is the number for the quotation read so far and the text's first ``n`` characters.
     """
     best = _skip_gaps({0: 0}, text)
     for at, char in enumerate(quoted):

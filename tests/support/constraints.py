@@ -1,6 +1,6 @@
 """Writes ``constraints.txt``: ``tox -e constraints`` at each release.
 
-pip resolves the package with its extras on the lowest supported version of Python. A newer one
+pip resolves the package with its extras on the lowest supported version of Python. A newer version
 needs the same packages or fewer.
 """
 

@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from tests.support.pages import ROOT
 from z4j_bare.demo.process import HarnessError, Service, clean_environment, until
 
-#: Commands that run until they are stopped, and the text in the output of a ready one.
+#: Commands that run until they are stopped, and the text that shows that they are ready.
 SERVICES = (
     (re.compile(r"celery -A \S+ worker\b"), re.compile(r" ready\.$", re.MULTILINE)),
     (re.compile(r"z4j-bare run\b"), re.compile(r"z4j: connected over ws")),
 )
 
-#: Timeout of a command, and of a service until it is ready, in seconds.
+#: Timeout of a command, and of the start of a service, in seconds.
 TIMEOUT = 120
 
 _COMMENT = re.compile(r"\s+# .*")
@@ -31,7 +31,7 @@ def commands_of(text):
 def make_programs(folder):
     """Write ``z4j-bare`` and ``python`` into a folder, for this interpreter; return its path.
 
-    The package may be imported from a checkout, where no console script is installed.
+    If the package is imported from a checkout, no console script is installed.
     """
     folder.mkdir()
     for name, arguments in (("z4j-bare", "-m z4j_bare"), ("python", "")):
@@ -46,7 +46,7 @@ class PageShell:
 
     :param folder: the working directory.
     :param programs: the directory of :func:`make_programs`.
-    :param variables: replace the values that the page exports for these variables.
+    :param variables: values that replace those that the page exports, by variable.
     :param replaced: maps texts of the page to those that the commands and files get instead.
     """
 
@@ -80,7 +80,7 @@ class PageShell:
     def run(self, command, attempts=1):
         """Run a command to its end, or start a service; return what it has printed.
 
-        :param attempts: how often the command may be run until it succeeds.
+        :param attempts: maximum number of runs until the command succeeds.
         :raises AssertionError: the command failed.
         """
         if command.startswith("export "):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tests.support.crash_harness import CrashHarness, Trial, read_leftovers
 
-#: Points of a kill, and the number of places in the call there: before it, (between its writes,)
-#: after it.
+#: Points of a kill, and the number of places at each call: before it, after it, and for ``keep``
+#: also between its writes.
 CHILD_POINTS = {"keep": 3, "write": 2, "drop": 2}
 PARENT_POINTS = {"read": 2, "take": 2}
 POINTS = {**CHILD_POINTS, **PARENT_POINTS}
 
-#: The calls at which a process stops, if not at one of the first four.
+#: The calls at which a process stops, by point. The default is one of the first four.
 CALLS = {"drop": (2, 3), "take": (1, 2)}
 
 #: Tasks of each worker.
@@ -25,7 +25,7 @@ TASKS = 9
 #: The name of the tasks.
 TASK = "victim.run"
 
-#: Seconds of every fourth task, which the parent sees as started before its end.
+#: Duration of every fourth task in seconds, so that the parent sees the task as started.
 NAP = 0.35
 
 #: Lengths of the results: a short message, one of several KB, and one of two parts. Longer results
@@ -40,7 +40,7 @@ END_KINDS = frozenset(("task.succeeded", "task.failed", "task.revoked", "task.re
 
 
 def result_of(number):
-    """Return the result of a task. It differs in each place from that of the other tasks."""
+    """Return the result of a task. At each position it differs from the results of other tasks."""
     return (f"{number:03d}" * LENGTHS[-1])[: LENGTHS[number % 3]]
 
 
@@ -49,7 +49,7 @@ class PreforkKill:
     """A killed process of a worker.
 
     ``committed`` is the number of events that were in the buffer of a killed parent, ``left`` are
-    their keys. ``begun`` and ``ended`` are the tasks that began and ended by their own log.
+    their keys. ``begun`` and ``ended`` are the tasks whose begin and end are in the tasks' log.
     """
 
     trial: Trial
@@ -68,7 +68,7 @@ class PreforkDelivery:
 
     ``missing`` are committed events and tasks without a row, ``unexpected`` wrong states and
     values, ``duplicated`` second ends. ``lost_runs`` are the tasks of killed processes: Celery
-    reports that of a killed child, and the next host those of a killed parent.
+    reports the task of a killed child, and the next host the tasks of a killed parent.
     """
 
     received: int = 0
@@ -92,7 +92,7 @@ def plan(number, seed=0):
             f"p{seed}-{index:04d}",
             events=3 * TASKS,
             point=point,
-            # A child's first drop is part of its start.
+            # A child's first ``drop`` belongs to the child's start, not to a task.
             nth=rng.choice(CALLS.get(point, (1, 2, 3, 4))),
             statement=place,
             timeout=60.0,
@@ -152,8 +152,8 @@ def judge(delivery, kill, number, row, kinds):
     """Add the faults of one task to ``delivery``.
 
     Celery reports the task of a killed child as lost; every other task has its true end. The events
-    of a killed parent may be lost while they are in its memory or in the channel: then a task is
-    not known, waits, or was lost, and a success may lack its result. But no task stays started.
+    of a killed parent may be lost while they are in its memory or in the channel. Then a task may
+    be unknown, waiting or lost, and a success may lack its result. But no task stays started.
     """
     task_id = kill.trial.task(number)
     if row is None:

@@ -5,7 +5,7 @@ import sys
 from z4j_bare.demo.process import Service
 from z4j_bare.demo.worker import worker_environment
 
-#: Seconds until the brain shows a started agent.
+#: Maximum seconds until the brain shows a started agent.
 _START_TIMEOUT = 40
 
 

@@ -1,8 +1,8 @@
 """Measures the steps of the agent's tasks and reports steps that block the hub for too long.
 
-The CPU time of a step is the CPU time of its thread, minus two parts that can fall into any step.
-The garbage collector runs in the task that allocates when a collection is due. greenlet's cleanup
-runs in the greenlet that runs first after the end of a native thread.
+The CPU time of a step is the CPU time of its thread, minus two parts that do not depend on the
+step. The garbage collector runs in the task that allocates when a collection is due. greenlet's
+cleanup runs in the greenlet that runs first after the end of a native thread.
 
 The blocked time of a step is the rest of its wall time, minus the time in which threads of this
 process were ready to run but waited for a processor, and minus the time in which the hypervisor
@@ -36,8 +36,8 @@ LIMIT = 0.010
 #: Seconds of CPU time from which a step is reported at its first occurrence.
 IMMEDIATE_CPU = 0.025
 
-#: Seconds of blocked time from which a step is reported at its first occurrence. A call that waits
-#: for a peer, a lock or a name server waits longer. A slow disk once blocked a step for 0.5 s.
+#: Blocked time in seconds from which a step is reported at its first occurrence. A wait for a peer,
+#: a lock or a name server takes longer. A slow disk once blocked a step for 0.5 s.
 IMMEDIATE_BLOCKED = 2.0
 
 #: Number of occurrences in one place from which a shorter step is reported.

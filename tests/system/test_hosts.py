@@ -34,7 +34,7 @@ def as_root():
 
 @pytest.fixture(autouse=True)
 def no_replacements():
-    """Delete the directories that replaced a home, because each host adopts the rows in them."""
+    """Delete the directories that replaced a home, because each host would adopt their rows."""
 
     def delete():
         for base in ("/tmp", "/var/tmp"):
@@ -101,8 +101,8 @@ def start(wrapper, variables, number=50, size=10):
 def finish(*processes):
     """Return the outcomes that the hosts printed, and their warnings about the state directory.
 
-    No host ends before the last one has printed its outcome, because a running host adopts the
-    rows of an ended one. The warning at exit that rows in memory are lost is not returned.
+    The hosts end after the last one has printed its outcome, because a running host adopts the rows
+    of an ended host. The result excludes the warning at exit that rows in memory are lost.
     """
     outcomes, warned = [process.stdout.readline() for process in processes], []
     for process in processes:

@@ -207,7 +207,7 @@ def test_refused_vhost_is_reported_in_one_line(rabbit, tmp_path, name, message):
 
 
 def test_limit_of_connections_is_reported_in_one_line(rabbit, tmp_path):
-    """A virtual host whose limit is reached is no virtual host to create."""
+    """If a virtual host's limit is reached, the fix is not to create the virtual host."""
     url = rabbit.add_vhost("limited")
     rabbit.control("set_vhost_limits", "-p", "limited", '{"max-connections": 0}')
     code, _out, err = run_demo(tmp_path, "--broker", url)

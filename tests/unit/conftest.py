@@ -8,7 +8,7 @@ from z4j_bare.asyncio_bridge.bridge import Bridge
 
 @pytest.fixture(autouse=True)
 def temporary_directory(monkeypatch, tmp_path):
-    """Let a replacement of an unusable home be in the test's directory, and find no other."""
+    """Put the replacement of an unusable home into the directory of the test."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("z4j_bare.home.SHARED_TEMPORARY_DIRECTORIES", ())
 

@@ -400,7 +400,7 @@ def test_start_waits_briefly_for_adapters(install, engine, backend):
 
 
 def test_eventlet_agent_recommends_gevent_once(install, mode, caplog):
-    """An agent under eventlet logs the way to gevent once per process, another agent never."""
+    """Under eventlet the advice to use gevent is logged once per process, in other modes never."""
     caplog.set_level(logging.INFO, "z4j")
     runtime_module._recommend_gevent.cache_clear()
     for _ in range(2):

@@ -50,12 +50,12 @@ def options(*words):
     ids=str,
 )
 def test_pause_before_last_ack_is_separate(moments, expected):
-    """The longest pause excludes the one before the last ack; acks at one moment count as one."""
+    """The longest pause excludes the pause before the last ack; acks at one moment count as one."""
     assert fleet.pauses(moments) == expected
 
 
 def test_pause_of_restart_does_not_count():
-    """A pause that touches the restart is left out, one before and one after it count."""
+    """A pause that overlaps the restart is excluded; pauses before and after it count."""
     moments = [0.0, 3.0, 20.0, 24.0, 25.0]
     assert fleet.pauses(moments, restarted=(5.0, 18.0)) == (4.0, 1.0)
     assert fleet.pauses(moments) == (17.0, 1.0)
@@ -116,14 +116,14 @@ def test_summary_counts_return_from_readiness_of_brain():
 
 
 def test_summary_without_acks_has_no_duration():
-    """A run in which nothing arrived is summarised, too."""
+    """A run in which nothing arrived has a summary without a duration."""
     figures = fleet.summary([result(produced=5)], began=3.0, restarted=None)
     assert (figures["produced"], figures["acknowledged"], figures["seconds"]) == (5, 0, 0.0)
     assert figures["delay"] == {}
 
 
 def test_board_is_shared_by_path(tmp_path):
-    """A second object on the same path sees the numbers and the signs of the first."""
+    """A second object with the same path reads the numbers and the signs of the first object."""
     host = fleet.Board(tmp_path / "board", 3)
     reader = fleet.Board(tmp_path / "board", 3)
     host.write(1, 500, 250, True, 2)
@@ -144,7 +144,7 @@ class Agent:
 
 
 def test_agents_share_tokens_evenly(tmp_path, monkeypatch):
-    """Each agent has a home of its own, and the tokens are handed out in turn."""
+    """Each agent has its own home, and the tokens are assigned in turn."""
     monkeypatch.setattr(fleet, "Fleet", lambda home, plans: SimpleNamespace(home=home, plans=plans))
     trial = fleet.Trial(None, tmp_path, options("--rate", "2", "--seconds", "30"))
     made = trial._fleet([Agent("a"), Agent("b")], 5, 100, 2.0)
@@ -157,7 +157,7 @@ def test_agents_share_tokens_evenly(tmp_path, monkeypatch):
 
 
 def test_rows_and_tasks_are_counted_on_sqlite(tmp_path):
-    """The number of rows exceeds that of tasks by the doubled events."""
+    """The number of rows exceeds the number of tasks by the doubled events."""
     path = tmp_path / "brain.db"
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE events (task_id TEXT)")
@@ -237,7 +237,7 @@ def envelope(*items):
 
 
 def test_sink_counts_each_run_of_sentry_once():
-    """A failed run counts by its event, a successful one by its transaction, other tasks not."""
+    """A failed run counts by its event, a successful run by its transaction, no other task."""
     counts = Counts()
     answer, _ = Sentry(counts).receive(
         "/api/1/envelope/",
@@ -256,7 +256,7 @@ def test_sink_counts_each_run_of_sentry_once():
 
 @pytest.mark.parametrize("name", __main__.NAMES)
 def test_every_benchmark_has_options_and_a_title(name):
-    """Each module imports what it needs, and has what the command line calls."""
+    """Each benchmark module can be imported, and has the options and title for the command line."""
     module = importlib.import_module(f"benchmarks.{name}")
     module.add_arguments(argparse.ArgumentParser())
     assert callable(module.run)

@@ -135,7 +135,7 @@ def test_home_with_long_path_is_replaced(monkeypatch, tmp_path):
 
 
 def test_home_in_loop_of_links_is_replaced(monkeypatch, tmp_path):
-    """A HOME that is a loop of symbolic links is named in the notice."""
+    """The notice names a HOME that is a loop of symbolic links."""
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.setenv("HOME", str(tmp_path / "loop"))
     assert settle_home() == tmp_path / "tmp" / ME

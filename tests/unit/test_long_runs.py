@@ -29,7 +29,7 @@ from z4j_bare.demo.process import HarnessError
 
 
 def test_schedule_ends_hosts_in_turn_and_frees_disk():
-    """Kills and stops alternate, each full disk is freed, and the end of a run is quiet."""
+    """Kills and stops alternate, each full disk is freed, and a run ends without an incident."""
     events = schedule(600.0, drop=20.0, restart=70.0, full=180.0)
     moments = [moment for moment, _ in events]
     assert moments == sorted(moments)
@@ -70,7 +70,7 @@ def test_events_in_ring_of_killed_host_need_not_arrive():
 
 
 def test_buffered_events_are_not_missing():
-    """What is still in a buffer file at the end of a run is counted apart."""
+    """Events that are in a buffer file at the end of a run are counted separately."""
     ended = account("t-1", "stop", sample(), range(6), range(4, 12))
     assert (ended.arrived, ended.buffered, ended.missing) == (6, 6, [])
 
@@ -83,7 +83,7 @@ def test_reported_losses_explain_missing_events():
 
 
 def test_rows_in_memory_of_ended_process_may_be_missing():
-    """A process whose disk did not work at its end takes its rows along."""
+    """If a process ends while its disk does not work, the rows in its memory are lost."""
     ended = account("t-1", "kill", sample(buffer_durable=False, buffered=5), range(4))
     assert (ended.allowed, unexplained([ended])) == (5, 0)
 
@@ -101,7 +101,7 @@ def test_numbers_of_events_follow_their_tasks_and_kinds():
 
 
 def test_filled_disk_has_no_byte_left(tmp_path):
-    """What the hosts see as a full disk is one, and it can be freed again."""
+    """The disk is full for any write, and can be freed again."""
     home = tmp_path / "home"
     write = ["sh", "-c", 'printf x > "$0/own"', str(home)]
     try:
@@ -122,7 +122,7 @@ def test_filled_disk_has_no_byte_left(tmp_path):
 
 
 def test_plan_kills_at_each_place_of_each_point():
-    """Each place before, between and after the calls of the channel has its trial."""
+    """Each place before, inside and after a call of the channel has its trial."""
     trials = plan(sum(POINTS.values()))
     places = {(trial.point, trial.statement) for trial in trials}
     assert places == {(point, place) for point, number in POINTS.items() for place in range(number)}
@@ -157,7 +157,7 @@ def test_untrue_task_of_killed_worker_is_a_fault(parent, row, kinds):
 
 
 def test_success_of_unfinished_task_is_a_fault():
-    """A success is untrue if the task never came to its end."""
+    """A success is untrue if the task never reached its end."""
     assert faults_of({"state": "success", "result": result_of(4)}, ended=())
 
 

@@ -520,7 +520,7 @@ def test_concurrent_changes_are_serialised(control):
 
 
 class Adapter:
-    """A scheduler's adapter: it checks every effective schedule as those of z4j 1.13 do."""
+    """An adapter that checks every effective schedule, as those of z4j 1.13 do."""
 
     name = "beat"
 
@@ -550,7 +550,7 @@ def messages(caplog):
 
 
 def test_created_schedule_without_task_has_no_effect(control, caplog):
-    """The host starts, one warning names the schedule and the cure, and the schedule is kept."""
+    """The host starts, one warning names the schedule and the fix, and the schedule is kept."""
     made = Adapter(control, {*TASKS, "gone"}).create(task_name="gone")
     again = NativeScheduleControl(control.path)
     adapter = Adapter(again, TASKS)
@@ -602,7 +602,7 @@ def test_check_that_resolves_schedules_ends(control):
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "no database"])
 def test_damaged_file_is_named_with_cure(control, damage):
-    """The error about a damaged file is SQLite's; it names the file and what to do."""
+    """The error about a damaged file is SQLite's error with the file and the fix."""
     change(control, "update", "id:hourly", is_enabled=False)
     content = bytearray(control.path.read_bytes())
     if damage == "truncated":
@@ -620,7 +620,7 @@ def test_damaged_file_is_named_with_cure(control, damage):
 
 
 def test_file_without_tables_gets_them(control):
-    """A process of z4j 1.13 that is killed at its first use leaves a file without tables."""
+    """A process of z4j 1.13 that is killed at its first use of the file leaves no tables in it."""
     with closing(sqlite3.connect(control.path)) as connection, connection:
         connection.execute("DROP TABLE identity")
         connection.execute("DROP TABLE overrides")

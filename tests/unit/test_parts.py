@@ -16,7 +16,7 @@ CONFTEST = (
     "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401"
 )
 
-#: Modules in which a part is missing, each in another way, by name.
+#: Modules by name. In each, a part is missing in another way.
 MISSING = {
     "call_in_test": """
 from tests.support import parts
@@ -97,13 +97,13 @@ def run(mode, tmp_path):
 
 
 def outcomes(lines, name):
-    """Return the sorted outcomes of a module's tests in the summary, and the last line of it."""
+    """Return the sorted outcomes of a module's tests, and the last line of the summary."""
     found = [line for line in lines if f" test_{name}.py" in line and line[0].isupper()]
     return sorted(line.split()[0] for line in found), found[-1]
 
 
 def test_missing_part_fails_run_if_required(run):
-    """Each test without its part fails and names the part; other outcomes stay as they are."""
+    """Each test whose part is missing fails and names the part; other outcomes do not change."""
     code, lines = run("1")
     assert code == pytest.ExitCode.TESTS_FAILED
     for name in MISSING:
@@ -115,7 +115,7 @@ def test_missing_part_fails_run_if_required(run):
 
 
 def test_missing_part_skips_test_otherwise(run):
-    """Without the variable a test without its part is skipped, and the reason names the part."""
+    """Without the variable, a test whose part is missing is skipped; the reason names the part."""
     code, lines = run("")
     assert code == pytest.ExitCode.OK
     for name in MISSING:

@@ -135,7 +135,7 @@ def test_secret_in_place_of_file_is_not_shown(variable, secret):
 
 
 def test_file_in_home_of_unknown_user_raises_error():
-    """A path that begins with the home of an unknown user is an error that names the variable."""
+    """For a path in the home of an unknown user, the error names the variable."""
     for variable in ("Z4J_TOKEN_FILE", "Z4J_CA_BUNDLE"):
         with pytest.raises(HostConfigurationError, match=f"{variable}=.*Use an absolute path"):
             load_settings({variable: "~nobody-with-this-name/file"})

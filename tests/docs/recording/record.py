@@ -32,7 +32,7 @@ TIMEOUT = 90
 #: Columns and lines of the recorded terminal.
 COLUMNS, LINES = 80, 24
 
-#: Seconds of age that the waiting tasks have in the recording.
+#: Minimum age of the waiting tasks in the recording, in seconds.
 AGE = 12
 
 
@@ -116,7 +116,7 @@ class Recorder:
         return self.output("top", "--once").count("ValueError")
 
     def age(self):
-        """Return the age of the youngest of the waiting tasks in seconds, 0 if not all run."""
+        """Return the age of the youngest waiting task in seconds, or 0 unless all of them run."""
         lines = self.output("tasks").splitlines()[1:]
         ages = [int(line.split()[0]) for line in lines if line.split()[1:2] == ["s"]]
         return min(ages) if len(ages) == 3 else 0
@@ -136,7 +136,7 @@ class Recorder:
 
 
 def _format():
-    """Return rich's template without the web fonts, which an image in a page cannot load."""
+    """Return rich's template without web fonts, because an image in a page cannot load them."""
     from rich._export_format import CONSOLE_SVG_FORMAT
 
     head, _, rest = CONSOLE_SVG_FORMAT.partition("@font-face")

@@ -2,7 +2,7 @@
 
 ``record PREFIX NUMBER`` stops with unsent events, and ``kill PREFIX NUMBER`` ends like a killed
 process. ``serve PREFIX...`` runs until stdin is closed. ``change`` and ``schedules`` use the file.
-``create PREFIX NUMBER`` waits for a line on stdin, and creates as many schedules.
+``create PREFIX NUMBER`` waits for a line on stdin, and then creates NUMBER schedules.
 """
 
 import json

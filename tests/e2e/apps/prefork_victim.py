@@ -1,4 +1,4 @@
-"""Prefork workers of which the parent or a child is killed: ``python prefork_victim.py threads``.
+"""Prefork workers whose parent or child is killed: ``python prefork_victim.py threads``.
 
 The protocol is that of ``victim.py``, for the points of ``tests.support.prefork_crash``. A worker
 runs ``events / 3`` tasks in two children. The process that reaches the point first answers with its
@@ -29,7 +29,7 @@ from z4j_bare import install_agent
 from z4j_bare.engines.celery import channel, prefork_parent  # noqa: F401
 from z4j_bare.engines.celery.kept_starts import KeptStarts
 
-#: Seconds between two looks at the state of the worker.
+#: Seconds between two checks of the worker's state.
 INTERVAL = 0.02
 
 
@@ -88,7 +88,7 @@ class PreforkHost:
         worker.start()
 
     def task(self, number):
-        """Note start and end in the log, which a kill does not undo."""
+        """Write start and end to a log file, which keeps them after a kill."""
         write(self.log, f"start {number}\n".encode())
         if number % 4 == 3:
             time.sleep(NAP)
@@ -146,7 +146,7 @@ class PreforkHost:
         setattr(owner, name, stopping_call)
 
     def stop(self, point):
-        """Report the point and wait for a kill, in the first process that comes here."""
+        """Report the point and wait for a kill, in the first process that calls this method."""
         try:
             os.close(
                 os.open(self.folder / f"{self.trial.name}.stopped", os.O_CREAT | os.O_EXCL, 0o600)
@@ -160,7 +160,7 @@ class PreforkHost:
 
 
 def host_of(trial):
-    """Return a worker, or the host that sends the rows that are left."""
+    """Return a worker, or the host that sends the remaining rows if the trial has no point."""
     return PreforkHost(trial) if trial.point else Host(trial)
 
 

@@ -79,7 +79,7 @@ def retries(self):
 
 @app.task(name="e2e.retries_later", bind=True)
 def retries_later(self):
-    # In a queue without a consumer. In its own, a worker would receive the task again at once.
+    # The queue has no consumer. In the task's own queue a worker would receive it at once.
     raise self.retry(countdown=3600, queue="unread", exc=ConnectionError("later"))
 
 

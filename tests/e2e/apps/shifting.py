@@ -13,7 +13,7 @@ def shifted_time():
     return _real_time() + float(_shift.read_text())
 
 
-# Before the agent is imported, whose modules keep references to the function.
+# This precedes the import of the agent, because its modules keep references to the function.
 time.time = shifted_time
 
 from ticking import app, runtime  # noqa: E402

@@ -35,7 +35,7 @@ from z4j_bare.buffer.store import BufferStore  # noqa: E402
 from z4j_bare.pipeline.send import Sender  # noqa: E402
 from z4j_bare.pipeline.session import Connection  # noqa: E402
 
-#: The descriptor of the answers. What the host prints goes to standard error.
+#: The descriptor of the answers. The output of the host goes to standard error.
 ANSWERS = os.dup(1)
 os.dup2(2, 1)
 

@@ -43,7 +43,7 @@ def main(number, size):
         time.sleep(0.05)
         before = sum(agent.stats()["lost"].values())
         kept, lost = buffer.stats().rows, sum(agent.stats()["lost"].values())
-        consistent = lost == before  # no row became a loss between the two readings
+        consistent = lost == before  # between the two readings no row was lost
     outcome = {
         "home": str(agent.config.buffer_path.parent),
         "kept": kept,

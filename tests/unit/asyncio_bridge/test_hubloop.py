@@ -145,7 +145,7 @@ def test_call_inside_running_user_loop(bridge):
 
 
 def test_coroutine_that_waits_cooperatively_keeps_its_task(bridge, backend):
-    """A host's coroutine waits without ``await`` while the loop works; both keep their tasks."""
+    """A coroutine waits without ``await`` while the loop runs; both keep their current task."""
     steps, wrong = [], []
 
     async def check(wait):

@@ -302,7 +302,7 @@ def test_agent_reports_buffer_that_it_cannot_send(home, adopter, caplog, case):
 
 
 def test_fifo_with_name_of_buffer_does_not_block(home, adopter, caplog):
-    """A FIFO is reported like any file that is no buffer, and the next buffer is sent."""
+    """A FIFO is reported like any file that is not a buffer, and the next buffer is sent."""
     fifo = leave(home, existing_event(1)).with_name("buffer-1.sqlite")
     os.mkfifo(fifo, 0o600)
     os.utime(fifo, (0, 0))

@@ -432,7 +432,7 @@ def test_full_disk_rolls_back_append(path, opened):
 
 
 def test_full_disk_evicts_events_only_if_files_cannot_shrink(path, opened):
-    """The space of acknowledged rows is given back first; events go when nothing else is left."""
+    """The files first shrink by the space of acknowledged rows; events are dropped last."""
     store = opened(path)
     store.append(row(bytes(4000)) * 300)
     store.confirm(list(range(1, 291)))

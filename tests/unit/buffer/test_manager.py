@@ -307,7 +307,7 @@ def test_full_disk_evicts_oldest_events(harness, caplog):
 
 
 def test_full_disk_that_shrinking_relieves_drops_no_event(harness, caplog, monkeypatch):
-    """The call is repeated after the file has shrunk, and the warning says that nothing is lost."""
+    """After the file has shrunk, the call is repeated. The warning says that nothing is lost."""
     harness.append_numbers(4)
     monkeypatch.setattr(harness.stores[0], "free_space", lambda: 0)
     harness.fail_with(FULL, 1)

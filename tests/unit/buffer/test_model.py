@@ -215,7 +215,7 @@ class DiskMachine(StoreMachine):
 
     @rule()
     def free_space(self):
-        """Free space on a full disk: all of these few events go if the file hardly shrinks."""
+        """Free space on a full disk. If the file hardly shrinks, all events are dropped."""
         size = self.store._space.disk_bytes()
         gone = [row for row in self.rows if row[1] == EVENT]
         evicted = self.store.free_space()

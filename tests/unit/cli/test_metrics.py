@@ -105,7 +105,7 @@ def test_ended_worker_is_shown_for_five_minutes(set_answers, clock, capsys):
 
 
 def test_last_counts_of_stopped_worker_replace_remembered_ones(set_answers, clock, capsys):
-    """The values at a worker's end are shown, also those that no earlier scrape has seen."""
+    """The values at a worker's end are shown, also if no earlier scrape has seen them."""
     set_answers(answer(tasks=[task(started=1)]))
     collector = metrics.Collector(None)
     registry = CollectorRegistry()

@@ -216,7 +216,7 @@ def test_other_process_queries_and_restarts_agent(backend, until):
     ],
 )
 def test_doctor_probes_agents(set_agents, agents, verdict, text):
-    """Agents without an answer, a session or a broker, or with the same worker are warnings."""
+    """An agent without answer, session or broker, or with another's worker, is a warning."""
     set_agents(agents)
     found = probe_agents("p")
     assert (found.verdict, text in found.message) == (verdict, True)

@@ -135,7 +135,7 @@ def test_prefork_child_has_no_position(set_answers, capsys):
 
 
 def test_task_without_known_thread_is_not_said_to_be_in_child(set_answers, capsys):
-    """A stack without frames is unknown, in the table and with ``--stack``."""
+    """A task without frames is shown as unknown, in the table and with ``--stack``."""
     set_answers(answer(tasks=[{**TASK, "position": None, "waiting_in": None, "stack": []}]))
     for options in ([], ["--stack"]):
         assert main(["tasks", *options]) == 0
@@ -146,7 +146,7 @@ def test_task_without_known_thread_is_not_said_to_be_in_child(set_answers, capsy
 
 @pytest.mark.parametrize("width", [40, 80, 400])
 def test_narrow_terminal_shows_whole_ids_and_positions(set_answers, width, monkeypatch):
-    """A terminal that is too narrow for the table gets lines with the same texts."""
+    """If the terminal is too narrow for the table, lines show the texts of the table."""
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "dumb")
     set_answers(answer(tasks=[{**TASK, "name": "shop.orders.collect_payment", "id": "i" * 36}]))
@@ -166,7 +166,7 @@ def test_narrow_terminal_shows_whole_ids_and_positions(set_answers, width, monke
 
 
 def test_missing_task_is_named(set_answers, capsys):
-    """``--task`` with an id that no agent runs says so."""
+    """``--task`` with an id that no agent runs is reported."""
     requests = set_answers(answer(tasks=[]))
     assert main(["tasks", "--task", "id-9"]) == 0
     assert capsys.readouterr().out.startswith("task id-9 is not running in the processes of these")
@@ -174,7 +174,7 @@ def test_missing_task_is_named(set_answers, capsys):
 
 
 def test_agents_without_answer_are_not_said_to_run_no_task(set_answers, capsys):
-    """If no agent has answered, nothing is known about running tasks."""
+    """If no agent has answered, the output does not claim that no task runs."""
     set_answers(SILENT)
     assert main(["tasks"]) == 1
     assert "no task" not in capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_hub_prints_histogram_without_empty_ranges(set_answers, capsys):
     ],
 )
 def test_output_is_checked_before_profile(options, message, set_answers, capsys):
-    """A file that cannot be written is an error before the agents start to sample."""
+    """A file that cannot be written causes an error before the agents start to sample."""
     requests = set_answers(answer(has_hub=True, lag=LAG, holds=[]))
     assert main(["hub", *options]) == 2
     assert capsys.readouterr().err.startswith(f"z4j-bare: {message}")
@@ -257,7 +257,7 @@ def test_hub_profile_writes_stacks(set_answers, capsys, tmp_path):
     path = tmp_path / "stacks.txt"
     assert main(["hub", "--profile", "0.01", "--output", str(path)]) == 0
     assert [parameters for _, parameters in requests] == [{"profile": 0.01}, {"result": True}]
-    # A task that holds the hub at the end of the profile must not cost the result.
+    # The result must arrive although a task holds the hub at the end of the profile.
     assert set_answers.timeouts[1] >= 60
     assert path.read_text() == "a.run;b.spin 540\n"
     assert "many steps" in capsys.readouterr().out

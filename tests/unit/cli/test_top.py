@@ -198,7 +198,7 @@ def test_screen_fits_into_terminal(view, width, height):
     ],
 )
 def test_narrow_screen_keeps_file_line_and_function(view, name, position, waiting, shown):
-    """In 80 columns file, line and function of a running task and the called function remain."""
+    """In 80 columns a running task still shows its file, line, function and called function."""
     task = running(name, 75.0) | {"position": position, "waiting_in": waiting}
     (line,) = [
         line for line in texts(view(one_agent(tasks=[task]))) if "88 in" in line or ":128" in line
@@ -214,7 +214,7 @@ def test_task_in_child_shows_pid_of_child(view):
 
 
 def test_refused_requests_are_shown(view):
-    """An agent with ``Z4J_INSPECT=0`` is named, so that empty sections do not mislead."""
+    """An agent with ``Z4J_INSPECT=0`` is named, because its tasks are missing in the sections."""
     refusal = [{"adapter": "bare", "pid": 7, "error": "Z4J_INSPECT=0 forbids this request"}]
     made = view({"status": [agent()], "tasks": refusal, "hub": refusal, "metrics": refusal})
     assert (

@@ -208,7 +208,7 @@ def test_threads_backend_works_on_patched_sockets(mode, patch):
 
 
 def test_choose_refuses_an_interpreter_without_gil(monkeypatch):
-    """On a free-threaded build without the GIL the error says so and names PYTHON_GIL."""
+    """On a free-threaded build without the GIL the error names the cause and PYTHON_GIL."""
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
     with pytest.raises(HostConfigurationError, match=r"without the GIL.*PYTHON_GIL=1"):
         choose("auto", Detection())

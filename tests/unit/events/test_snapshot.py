@@ -87,7 +87,7 @@ def test_snapshot_runs_no_host_code():
 
 
 class FailingMeta(type):
-    """A metaclass whose classes cannot tell their name."""
+    """A metaclass whose classes raise an error for their name."""
 
     __module__ = property(lambda cls: 1 / 0)
 

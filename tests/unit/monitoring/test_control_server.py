@@ -288,7 +288,7 @@ def test_agent_that_does_not_answer_is_reported_with_pid(off_hub, monkeypatch):
 
 
 def test_socket_of_other_user_is_explained(serve, off_hub, monkeypatch):
-    """A socket that this user may not open is reported with what to do."""
+    """If this user may not open a socket, the error names the fix."""
 
     def refuse(*_arguments):
         raise PermissionError(13, "Permission denied")

@@ -85,19 +85,19 @@ def test_lost_broker_is_reported_within_ten_seconds(second):
 
 
 def test_late_answer_causes_a_check_soon():
-    """A check that ends after its timeout is reported by the next check, which follows soon."""
+    """If a check ends after its timeout, the next check follows soon and reports its result."""
     harness = BrokerHarness()
     harness.backend.advance(1)
     harness.away = True
     harness.backend.advance(7)
     harness.away = False
-    harness.connected = True  # as after a check that ended late
+    harness.connected = True  # the interval after a check that ended late
     harness.backend.advance(7)
     assert harness.loop.latest()["celery.broker_connected"] == "True"
 
 
 def test_outage_is_logged_at_begin_and_end(caplog):
-    """One warning names the error, and one line the end; another error a minute later is new."""
+    """One warning names each error that is a minute apart, and one line the end."""
     caplog.set_level(logging.INFO, "z4j.runtime.monitoring.health")
     backend = FakeConcurrency()
     log = BrokerLog(backend.now)

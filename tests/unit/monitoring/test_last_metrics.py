@@ -35,7 +35,7 @@ def write(backend):
 
 
 def test_last_answer_is_read_by_other_process(home, write):
-    """The file has the answer, the adapter as a client names it, and the time of the end."""
+    """The file has the answer, the adapter's name as clients use it, and the time of the end."""
     write(iter(['{"pid": 7, "tasks": [', '{"name": "ü\\ud800"}', "]}"]), adapter="my.app")
     (path,) = home.iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
@@ -45,7 +45,7 @@ def test_last_answer_is_read_by_other_process(home, write):
 
 
 def test_old_and_unfinished_files_are_removed(home, write):
-    """The next reader and the next ending process remove what nobody needs."""
+    """The next reader and the next ending process remove old and unfinished files."""
     write(iter([ANSWER]))
     unfinished = home / "metrics-ended-1-abc.tmp"
     unfinished.write_text("{")
@@ -70,14 +70,14 @@ def test_damaged_file_is_ignored(home, content):
 
 
 def test_process_without_tasks_and_refused_answer_leave_no_file(home, write):
-    """A process that ran no task writes nothing, and neither does one with ``Z4J_INSPECT=0``."""
+    """A process that ran no task, or that has ``Z4J_INSPECT=0``, writes nothing."""
     write(iter([ANSWER]), has_tasks=False)
     write({"error": "Z4J_INSPECT=0 forbids this request"})
     assert list(home.iterdir()) == []
 
 
 def test_failure_is_logged_and_does_not_stop_the_host(write, caplog, monkeypatch):
-    """An error while the answer is collected or written is one line, because the process ends."""
+    """An error while the answer is collected or written is logged in one line and not raised."""
     caplog.set_level(logging.INFO)
 
     def fail():

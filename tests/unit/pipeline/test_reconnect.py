@@ -199,7 +199,7 @@ def test_corrected_clock_ends_wait_for_next_attempt(lines):
 
 
 def test_second_step_of_clock_is_warned_at_once(lines):
-    """A clock that is set to another wrong time has a new warning, with the new difference."""
+    """A clock that is set to another wrong time causes a new warning, with the new difference."""
     harness = BrainHarness()
     harness.backend.advance(100)
     for seconds in (7200, 3600, -5400):

@@ -1,4 +1,4 @@
-"""The application of the recording: tasks that wait in different ways, succeed, retry and fail."""
+"""The application of the recording. Its tasks wait in different ways, succeed, retry and fail."""
 
 import os
 import socket

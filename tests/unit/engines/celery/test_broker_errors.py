@@ -137,7 +137,7 @@ def tls_answer(context):
     ],
 )
 def test_port_with_other_protocol_is_explained(tmp_path, scheme, tls_port, tls_client, message):
-    """Real connections name the TLS that is missing, or not expected, or not trusted."""
+    """Errors of real connections say whether TLS is missing, not expected or not trusted."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates.make(tmp_path / "peer.pem"))
     with serving(tls_answer(context) if tls_port else plain_answer) as port:

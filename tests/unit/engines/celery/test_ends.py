@@ -272,7 +272,7 @@ def _failing(*_args):
     ids=lambda members: "-".join(members),
 )
 def test_exception_whose_class_fails_is_failure(run, members):
-    """A failure is reported with its class, whatever the code of that class raises."""
+    """A failure is reported with its class, even if the code of that class raises an error."""
     error = type("OddError", (Exception,), members)("text")
     run.receive("shop.fail")
     task = run.app.tasks["shop.fail"]

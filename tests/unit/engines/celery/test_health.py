@@ -299,7 +299,7 @@ def test_worker_that_waits_too_long_for_answer_is_in_trouble(monkeypatch, channe
 
 
 def test_broken_connection_of_worker_is_reported(app):
-    """A broker that answers the probe, but not the worker, is not connected."""
+    """A broker that answers the probe, but not the worker, is reported as not connected."""
     silence = [11.0]
     probe = BrokerProbe("celery", app, lambda: ["celery"], lambda: silence[0])
     try:

@@ -186,7 +186,7 @@ def test_retry_keeps_masks(own):
     ids=["same", "other"],
 )
 def test_replacement_with_same_arguments_keeps_masks(args, texts):
-    """``Task.replace()`` sends the texts of the replaced task with the same arguments."""
+    """If the arguments are the same, ``Task.replace()`` sends the texts of the replaced task."""
     sent = []
 
     def keep(headers, **_kwargs):

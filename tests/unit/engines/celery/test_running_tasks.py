@@ -95,7 +95,7 @@ def test_stack_contains_files_and_names_only(app, waiting, backend):
 
 
 def test_thousand_tasks_are_read_in_slices(app, backend, mode):
-    """The hub can run other greenlets between two tasks, and each row is complete by then."""
+    """The hub can run other greenlets between two tasks, and each finished row is complete."""
     contexts = range(1, 1001) if mode == "threads" else [greenlet(pay) for _ in range(1000)]
     states, listed, slices = TaskStates(), set(), []
     for number, context in enumerate(contexts):
